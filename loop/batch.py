@@ -1,0 +1,153 @@
+"""Batches of any structure: their size, an equal cut of them, several joined, moved to a device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+Cut = Callable[[Any, int, int], Any]
+REMEDY = "give Loop(..., cut=fn(batch, start, stop))"
+
+
+def children(x: Any) -> dict[Any, Any] | None:
+    """Return what a container holds by key or position; None for a leaf."""
+    if isinstance(x, Tensor | str | bytes | PackedSequence):
+        return None
+    if isinstance(x, Mapping):
+        return dict(x)
+    if isinstance(x, list | tuple):
+        plain = not hasattr(x, "_fields") and not any(isinstance(v, Tensor) or children(v) is not None for v in x)
+        return None if plain and x else dict(enumerate(x))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    return None
+
+
+def rebuild(x: Any, parts: dict[Any, Any]) -> Any:
+    """Return a container like `x` that holds `parts`."""
+    if type(x) is dict:
+        return parts
+    if isinstance(x, list | tuple):
+        return type(x)(*parts.values()) if hasattr(x, "_fields") else type(x)(parts.values())
+    new = copy.copy(x)
+    for key, part in parts.items():
+        if isinstance(x, Mapping):
+            new[key] = part
+        else:
+            object.__setattr__(new, key, part)
+    return new
+
+
+def walk(x: Any, leaf: Callable[[Any, str], Any], path: str = "batch") -> Any:
+    """Return the same structure with every leaf replaced by `leaf(value, path)`."""
+    kids = children(x)
+    if kids is None:
+        return leaf(x, path)
+    return rebuild(x, {key: walk(kid, leaf, f"{path}[{key!r}]") for key, kid in kids.items()})
+
+
+def leaves(x: Any) -> list[tuple[str, Any]]:
+    """Return every leaf with its path."""
+    found: list[tuple[str, Any]] = []
+    walk(x, lambda value, path: found.append((path, value)))
+    return found
+
+
+def move(x: Any, device: torch.device) -> Any:
+    """Return the batch with every tensor on the device; anything else passes through."""
+    if isinstance(x, Tensor):
+        return x if x.device == device else x.to(device, non_blocking=True)
+    if type(x) in (tuple, list):
+        return type(x)([move(v, device) for v in x])
+    if isinstance(x, PackedSequence):
+        return x.to(device)  # type: ignore[arg-type]
+    kids = children(x)
+    return x if kids is None else rebuild(x, {key: move(kid, device) for key, kid in kids.items()})
+
+
+def length(x: Any) -> int | None:
+    """Return how many samples a leaf holds, None where it belongs to the batch as a whole."""
+    if isinstance(x, Tensor):
+        return x.size(0) if x.dim() else None
+    if isinstance(x, list | tuple) and not isinstance(x, PackedSequence):
+        return len(x)
+    shape = getattr(x, "shape", None)
+    return int(shape[0]) if isinstance(shape, tuple) and shape else None
+
+
+def size(batch: Any) -> int | None:
+    """Return the first dimension of the first tensor (else array, else plain list); None where there is none."""
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.dim() else None
+    if type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor) and batch[0].dim():
+        return int(batch[0].size(0))
+    found = [value for _, value in leaves(batch)]
+    found.sort(key=lambda v: (not isinstance(v, Tensor), isinstance(v, list | tuple)))
+    return next((n for n in map(length, found) if n is not None), None)
+
+
+def cut(batch: Any, start: int, stop: int, total: int, by: Cut | None = None) -> Any:
+    """Return samples start..stop of a batch of `total`; raises TypeError or ValueError naming what can't be cut."""
+    if start == 0 and stop == total:
+        return batch
+    if by is not None:
+        return by(batch, start, stop)
+
+    def leaf(x: Any, path: str) -> Any:
+        n = length(x)
+        if n is None:
+            if (
+                x is None
+                or isinstance(x, Tensor | complex | float | int | str | bytes)
+                or getattr(x, "shape", None) == ()
+            ):
+                return x
+            raise TypeError(f"{path} is a {type(x).__name__}, which hookloop can't cut: {REMEDY}")
+        if n != total:
+            raise ValueError(f"{path} holds {n} where the batch holds {total} samples: {REMEDY}")
+        if isinstance(x, Tensor) and x.is_nested:
+            return torch.nested.as_nested_tensor(list(x.unbind()[start:stop]), layout=x.layout)
+        if isinstance(x, Tensor) and x.layout != torch.strided:
+            return x.narrow_copy(0, start, stop - start)
+        return x[start:stop]
+
+    return walk(batch, leaf)
+
+
+def equal_cuts(total: int, limit: int | None) -> list[tuple[int, int]]:
+    """Return the fewest (start, stop) of at most `limit` samples, equal to within one: 33 under 32 is 17 and 16."""
+    count = 1 if limit is None else max(1, -(-total // limit))
+    edges = [total // count * i + min(i, total % count) for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def join(parts: Sequence[Any]) -> Any | None:
+    """Return several batches as one, or None where a leaf differs in kind, dtype or trailing shape."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    kids = [children(part) for part in parts]
+    if kids[0] is not None:
+        if any(k is None or k.keys() != kids[0].keys() for k in kids) or len({type(part) for part in parts}) > 1:
+            return None
+        joined = {key: join([k[key] for k in kids if k is not None]) for key in kids[0]}
+        return (
+            None if any(v is None and kids[0][key] is not None for key, v in joined.items()) else rebuild(first, joined)
+        )
+    if all(isinstance(p, Tensor) and p.layout == torch.strided and not p.is_nested and p.dim() for p in parts):
+        same = all((p.dtype, p.shape[1:], p.device) == (first.dtype, first.shape[1:], first.device) for p in parts)
+        return torch.cat(list(parts)) if same else None
+    if all(type(p) is type(first) is list or type(p) is type(first) is tuple for p in parts):
+        return type(first)(v for p in parts for v in p)
+    if all(p is first for p in parts) or (
+        isinstance(first, bool | int | float | str) and all(p == first for p in parts)
+    ):
+        return first
+    return None

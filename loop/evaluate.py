@@ -1,0 +1,66 @@
+"""Evaluation: the one way of measuring a model, which leaves training as it found it."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import batch as batches
+from .feed import Chunk, piece
+from .goal import number
+from .mean import Mean
+from .rng import derive, isolated
+from .step import checked, detached, single, weight_of
+
+if TYPE_CHECKING:
+    from .life import Life
+
+
+def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, float]:
+    """Return the weighted means of what `loss_fn` gives, and what callbacks logged, each name behind `prefix`."""
+    state = loop.state
+    model = state.model if state.eval_model is None else state.eval_model
+    modes = [(module, module.training) for module in model.modules()]
+    seed = None if state.seed is None else derive(state.seed, "validation", state.step, state.rank)
+    means: dict[str, Mean] = {}
+    outer, state._logged = state._logged, {}
+    with isolated(state.device, seed), torch.no_grad():
+        try:
+            model.eval()
+            count = 0
+            for data in loader:
+                count = _one_batch(loop, loss_fn, model, data, count, means)
+            if not count:
+                raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
+            found: dict[str, Any] = {name: mean.value() for name, mean in means.items()}
+            found |= {name: value() if callable(value) else value for name, value in state._logged.items()}
+        finally:
+            state._logged = outer
+            for module, training in modes:
+                module.training = training
+    return {prefix + name: number(prefix + name, value) for name, value in found.items()}
+
+
+def _one_batch(loop: Life, loss_fn: Any, model: Any, data: Any, count: int, means: dict[str, Mean]) -> int:
+    state, start, total = loop.state, 0, loop.measure(data)
+    while start < total:
+        a, b = batches.equal_cuts(total - start, state.eval_micro_batch_size)[0]
+        chunk = piece(Chunk(data, None, total), start + a, start + b, loop.cut)
+        try:
+            batch = batches.move(chunk.data, state.device)
+            outputs = checked(loop.forward(loss_fn, model, batch), training=False)
+        except Exception as error:
+            if not loop.redoes(error, b - a, training=False):
+                raise
+            traceback.clear_frames(error.__traceback__)
+            continue
+        outputs = {name: batches.walk(value, detached) for name, value in outputs.items()}
+        weight = weight_of(loop, chunk)
+        for name, value in outputs.items():
+            if single(value) and (isinstance(weight, torch.Tensor) or weight > 0):
+                means.setdefault(name, Mean()).add(value, weight)
+        loop.micro_end(chunk, batch, outputs, weight, count, training=False)
+        start, count = start + b - a, count + 1
+    return count

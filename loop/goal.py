@@ -1,0 +1,94 @@
+"""A metric that is watched: when it got better, and when it stopped getting better."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .state import State
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The metric that a callback watches, and what counts as an improvement of it.
+
+    An improvement is larger than `min_delta` (with `relative`, larger than that share of the best value's size);
+    `patience` is how many reports without one are borne: the next thing happens at the `patience`-th (0 acts as 1).
+    Values that are not finite never improve. Raises ValueError for bad settings.
+    """
+
+    metric: str
+    mode: str = "min"
+    patience: int = 3
+    min_delta: float = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ValueError(f"metric must be the name of a metric, such as 'val_loss', not {self.metric!r}")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', not {self.mode!r}")
+        if not isinstance(self.patience, int) or isinstance(self.patience, bool) or self.patience < 0:
+            raise ValueError(f"patience must be a whole number of reports, at least 0, not {self.patience!r}")
+        if not (isinstance(self.min_delta, int | float) and math.isfinite(self.min_delta) and self.min_delta >= 0):
+            raise ValueError(f"min_delta must be finite and at least 0 (mode= gives direction), not {self.min_delta!r}")
+
+    @classmethod
+    def of(cls, value: str | Goal) -> Goal:
+        """Take a name for a Goal with the defaults."""
+        return value if isinstance(value, Goal) else cls(value)
+
+    def read(self, state: State, who: str) -> float:
+        """Return the metric from `state.metrics`; raises KeyError that lists the metrics there are."""
+        if self.metric not in state.metrics:
+            there = ", ".join(sorted(state.metrics)) or "none"
+            raise KeyError(f"{who} watches {self.metric!r}, which was not reported; there are: {there}")
+        return number(self.metric, state.metrics[self.metric])
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Tell whether `value` improves on `best`."""
+        if not math.isfinite(value) or best is None:
+            return math.isfinite(value)
+        margin = self.min_delta * abs(best) if self.relative else self.min_delta
+        return value < best - margin if self.mode == "min" else value > best + margin
+
+
+def number(name: str, value: Any) -> float:
+    """Return a metric as a float; raises TypeError for what is no single number."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value)
+    if isinstance(value, int | float) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
+        return float(value)
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    raise TypeError(f"metric {name!r} must be one number, not {type(value).__name__}{shape}: {value!r:.60}")
+
+
+class Tracker:
+    """The best value of a Goal so far and the reports since; only an improvement moves the best."""
+
+    def __init__(self, goal: Goal) -> None:
+        self.goal, self.bad = goal, 0
+        self.best: float | None = None
+
+    def update(self, value: float) -> bool:
+        """Take one report; return whether it was an improvement."""
+        better = self.goal.better(value, self.best)
+        self.best, self.bad = (value, 0) if better else (self.best, self.bad + 1)
+        return better
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` reports in a row brought no improvement."""
+        return self.bad >= max(1, self.goal.patience)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return best value and count."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back best value and count."""
+        self.best, self.bad = state["best"], state["bad"]

@@ -1,0 +1,252 @@
+"""A Loop's life around its steps: built and checked, entered and restored, saved, left with everything closed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import batch as batches
+from . import rng
+from .callback import AROUND, Callback, check, overridden, table
+from .feed import Chunk, Feed
+from .mean import Mean
+from .plan import count_steps
+from .ranks import rank_and_world
+from .redo import Snapshot
+from .resume import capture, restore
+from .state import MicroEnd, State
+from .step import Step
+
+
+class Life:
+    """What `Loop` is made of besides its verbs.
+
+    `autocast`: a dtype, or a function giving a context, for forward only. `scaler`: a `torch.amp.GradScaler`.
+    `weigh(batch)`: what a micro-batch's mean loss is a mean over, a number or 0-d tensor (default: its samples).
+    `cut(batch, start, stop)`: for batches that hookloop can't cut. `resume`: a checkpoint, or a folder of them: the
+    newest good one, a fresh start if there is none. `max_skips`: skipped updates in a row that end the run.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Iterable[Callback] = (), *,
+                 resume: str | os.PathLike[str] | None = None,
+                 autocast: torch.dtype | Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
+                 scaler: torch.amp.GradScaler | None = None, weigh: Callable[[Any], float | Tensor] | None = None,
+                 cut: batches.Cut | None = None, max_skips: int = 100) -> None:  # fmt: skip
+        check_optimizer(optimizer)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not isinstance(max_skips, int) or max_skips < 1:
+            raise ValueError(f"max_skips must be a whole number of updates, at least 1, not {max_skips!r}")
+        self.callbacks = tuple(callbacks) if not isinstance(callbacks, Callback) else (callbacks,)
+        check(self.callbacks)
+        for callback in self.callbacks:
+            if (owner := getattr(callback, "_loop", None)) is not None and owner() is not None:
+                raise ValueError(
+                    f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one"
+                )
+            callback._loop = weakref.ref(self)  # type: ignore[attr-defined]
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.state = State(model, optimizer, scaler=scaler, device=device)
+        self.state.rank, self.state.world = rank_and_world()
+        self.hooks = table(self.callbacks)
+        self.autocast = autocast_context(autocast, device)
+        self.weigh, self.cut, self.max_skips, self.resume = weigh, cut, max_skips, resume
+        self.feed, self.train_loss = Feed(cut, self.measure), Mean()
+        self.seed: int | None = None
+        self.seed_base: int | None = None
+        self.generators: list[torch.Generator] = []
+        self.snapshot: Snapshot | None = None
+        self.rng_to_restore: dict[str, Any] | None = None
+        self.reported, self.reported_at = set[str](), -1
+        self._constants: dict[Any, Tensor] = {}
+        self._end: tuple[int | None, int | None] = (None, None)
+        self._step: Step | None = None
+        self._skips = 0
+        self._was_set_up = self._entered = self._begun = self._in_steps = self._exhausted = False
+
+    def __enter__(self) -> Self:
+        if self._entered:
+            raise RuntimeError("this Loop is entered already")
+        state = self.state
+        self._entered, self._begun, self._step, self._end = True, False, None, (None, None)
+        state.stop_reason = None
+        try:
+            if not self._was_set_up:
+                self._run("on_setup")
+                if self.resume is not None:
+                    restore(self, self.resume)
+                self._was_set_up = True
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def _begin(self, loader: Any) -> None:
+        """Do, once per entry, what must wait until data and end are known."""
+        if self._begun:
+            return
+        if not self._entered:
+            raise RuntimeError("this must run inside `with loop:`")
+        state, self._begun = self.state, True
+        if loader is None:
+            self._check_around()
+        state.loader = loader
+        if not state.model.training:
+            state.model.train()
+        if loader is not None:
+            state.total_steps = count_steps(self.callbacks, state, *self._end)
+            self.feed.attach(loader)
+        if state.seed is not None:
+            self.seed = state.seed
+        elif self.seed is None:  # one draw, as iterating a DataLoader makes, says this run's order
+            self.seed = int(torch.empty((), dtype=torch.int64).random_())
+        self.generators = rng.generators(state.device)
+        self.seed_base = None if state.seed is None else rng.derive(state.seed, "step", state.rank)
+        if self.snapshot is None and self.hooks["on_exception"]:
+            self.snapshot = Snapshot(state)
+        self._run("on_fit_start")
+
+    def _check_around(self) -> None:
+        for callback in self.callbacks:
+            if missing := sorted(overridden(callback) - AROUND - set(callback.optional)):
+                raise ValueError(f"{type(callback).__name__} needs {', '.join(missing)}, which does not run around a loop "
+                                 "of your own; use loop.fit or loop.epochs, loop.steps, or leave it out")  # fmt: skip
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        problems: list[BaseException] = []
+
+        def attempt(act: Callable[[], Any]) -> None:
+            try:
+                act()
+            except BaseException as problem:
+                problems.append(problem)
+
+        if error is None:
+            attempt(self._check_closed)
+        if self._step is None or self._step.updated:
+            attempt(self._flush)
+        for callback in self.callbacks:
+            if "on_fit_end" in overridden(callback):
+                attempt(functools.partial(self._call, callback.on_fit_end, "on_fit_end"))
+        attempt(self.feed.detach)
+        self._entered, self._step, self.state.micro = False, None, None
+        first = error
+        for problem in problems:
+            if first is None:
+                first = problem
+            elif problem is not first:
+                first.add_note(f"then, while ending: {type(problem).__name__}: {problem}")
+        if error is None and first is not None:
+            raise first
+
+    def _call(self, method: Callable[[State], Any], hook: str) -> Any:
+        try:
+            return method(self.state)
+        except BaseException as error:
+            error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {self.state.step}")
+            raise
+
+    def _run(self, hook: str) -> None:
+        for method in self.hooks[hook]:
+            self._call(method, hook)
+
+    def _flush(self) -> None:
+        """Write the checkpoint that hooks asked for, once all of them have run."""
+        if self.state._saves:
+            reasons, self.state._saves = sorted(set(self.state._saves)), []
+            for write in self.state.writers:
+                write(reasons, lambda: capture(self))
+
+    def _check_closed(self) -> None:
+        if self._step is not None and not self._step.updated:
+            self._step = None
+            raise RuntimeError("a step was left before loop.update(): each `for step in loop.steps(loader)` must end with "
+                               "it, and a break may only follow it")  # fmt: skip
+
+    def redoes(self, error: Exception, size: int, training: bool) -> bool:
+        """Ask every callback about a failed forward or backward; return whether one changed the plan to redo it."""
+        if not self.hooks["on_exception"]:
+            return False
+        self.state.exception = error
+        self.state.micro = MicroEnd(None, {}, size, None, training, 0, size)
+        try:
+            return any([self._call(method, "on_exception") for method in self.hooks["on_exception"]])
+        finally:
+            self.state.exception = self.state.micro = None
+
+    def micro_end(
+        self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool
+    ) -> None:
+        """Show callbacks one micro-batch that went through."""
+        size = chunk.size if chunk.size is not None else self.measure(chunk.data)
+        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size)
+        self._run("on_micro_end")
+        self.state.micro = None
+
+    def forward(self, loss_fn: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> Any:
+        """Run `loss_fn` under autocast; the context ends before backward, which runs in the types forward chose."""
+        if self.autocast is None:
+            return loss_fn(model, batch)
+        with self.autocast():
+            return loss_fn(model, batch)
+
+    def measure(self, data: Any) -> int:
+        """Return a batch's number of samples, or its weight where it shows none; raises TypeError naming the remedy."""
+        if (found := batches.size(data)) is not None:
+            return found
+        if self.weigh is not None:
+            return int(self.weigh(data))
+        raise TypeError(f"no leaf of this {type(data).__name__} shows how many samples it holds: put a tensor with a batch "
+                        "dimension into it, or give Loop(..., weigh=fn)")  # fmt: skip
+
+    def constant(self, value: float | Tensor | None, like: Tensor) -> Tensor | None:
+        """Return a number as a 0-d tensor like another one, made by a fill, which waits for no device."""
+        if value is None or isinstance(value, Tensor):
+            return value if value is None else value.to(like)
+        key = (value, like.dtype, like.device)
+        if key not in self._constants:
+            if len(self._constants) > 256:
+                self._constants.clear()
+            self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
+        return self._constants[key]
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no single torch optimizer that steps without a closure."""
+    if isinstance(optimizer, list | tuple):
+        raise TypeError("optimizer is a list; one Loop has one optimizer: make a Loop for each, in one loop body")
+    if not hasattr(optimizer, "param_groups") or inspect.isclass(optimizer):
+        hint = ": write it with its parameters" if callable(optimizer) else ""
+        raise TypeError(f"optimizer must be a torch optimizer, not {optimizer!r:.60}{hint}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"{type(optimizer).__name__} needs a closure, which a step of several micro-batches can't give; use "
+                        "loop.updating around your own optimizer.step(closure), or another optimizer")  # fmt: skip
+
+
+def autocast_context(
+    autocast: Any, device: torch.device
+) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
+    """Return what makes the context of a forward; raises ValueError for a dtype that the device can't autocast to."""
+    if not isinstance(autocast, torch.dtype):
+        if autocast is not None and not callable(autocast):
+            raise TypeError(f"autocast must be a dtype or a function that gives a context, not {autocast!r}")
+        return autocast  # type: ignore[no-any-return]
+    can = {torch.bfloat16, torch.float16} if torch.amp.is_autocast_available(device.type) else set()
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        can.discard(torch.bfloat16)
+    if autocast not in can:
+        raise ValueError(f"autocast={autocast} is not there on {device.type}; it has {sorted(map(str, can)) or 'none'}")
+    return lambda: torch.autocast(device.type, autocast)

@@ -1,0 +1,224 @@
+"""The loop: `fit`, the verbs that it is written on, and `updating` for a loop that already exists."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import rng
+from .evaluate import evaluate
+from .goal import number
+from .life import Life
+from .mean import Mean
+from .state import State
+from .step import Step
+
+
+class Loop(Life):
+    """Trains `model` with `optimizer`, running callbacks at every hook; see `fit`, or write the loop by hand."""
+
+    def fit(self, loss_fn: Callable[[nn.Module, Any], Any], train_loader: Iterable[Any], val_loader: Any = None, *,
+            epochs: int | None = None, steps: int | None = None, validate_every: int | None = None) -> State:  # fmt: skip
+        """Train until `epochs` passes or `steps` updates are done (counted from the run's first) and return the state.
+
+        `loss_fn(model, batch)` returns the mean loss, or a mapping with "loss". A model whose root is in eval mode is
+        put into train mode. Validation runs at each epoch's end, or every `validate_every` updates instead.
+        """
+        if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
+            raise ValueError(f"validate_every must be a whole number of updates, at least 1, not {validate_every!r}")
+
+        def validate_if_due() -> None:
+            step = self.state.step
+            if validate_every is not None and step and step % validate_every == 0 and self.reported_at != step:
+                self.validate(loss_fn, val_loader)
+
+        with self:
+            epochs_left = self.epochs(epochs, steps=steps)
+            self._begin(train_loader)
+            validate_if_due()  # a checkpoint falls between an update and its validation
+            for _ in epochs_left:
+                for step in self.steps(train_loader):
+                    for micro in step:
+                        with micro:
+                            micro.backward(loss_fn)
+                    self.update()
+                    validate_if_due()
+                if validate_every is None:
+                    self.validate(loss_fn, val_loader)
+        return self.state
+
+    def epochs(self, count: int | None = None, *, steps: int | None = None) -> Iterator[int]:
+        """Yield epoch numbers until `count` passes or `steps` updates are done, both counted from the run's first."""
+        for name, value in (("epochs", count), ("steps", steps)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"{name} must be a whole number, at least 0, not {value!r}")
+        if count is None and steps is None:
+            raise ValueError("nothing says when to end: give epochs= or steps=")
+        if not self._entered:
+            raise RuntimeError("loop.epochs must run inside `with loop:`")
+        self._end = (count, steps)
+        return self._epochs()
+
+    def _epochs(self) -> Iterator[int]:
+        while not self.stopped and (self._end[0] is None or self.state.epoch < self._end[0]):
+            self._exhausted, seen = False, self.state.step
+            yield self.state.epoch
+            self._check_closed()
+            if self._exhausted:
+                self.state.epoch += 1
+                self._run("on_epoch_end")
+                self._flush()
+            elif not self.stopped:
+                raise RuntimeError("an epoch went by without loop.steps" + (": end it with break" if seen else ""))
+
+    def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
+        """Yield the steps of one epoch, each with the data of one update; `loop.update()` ends each."""
+        if not self._entered or self._end == (None, None):
+            raise RuntimeError("loop.steps must run inside `with loop:` and `for epoch in loop.epochs(...)`")
+        self._begin(loader)
+        self._check_closed()
+        state, feed = self.state, self.feed
+        if feed.epoch != state.epoch:
+            self.train_loss = Mean()
+        feed.attach(loader)
+        feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
+        if self.rng_to_restore is not None:
+            rng.restore(self.rng_to_restore, state.device)  # reaching the position drew numbers
+            self.rng_to_restore = None
+        self._run("on_epoch_start")
+        if feed.empty:
+            raise ValueError(feed.empty)
+        self._in_steps = True
+        try:
+            while not self.stopped and feed.more():
+                self._run("on_step_start")
+                self._flush()
+                self._step = Step(self, feed.gather(state.batch_size, state.accumulate))
+                yield self._step
+                self._check_closed()
+            self._exhausted = not feed.more()
+        except GeneratorExit:  # a break between updates ends the epoch
+            self._exhausted = self._step is not None and self._step.updated and not self.stopped
+            raise
+        finally:
+            self._in_steps = False
+
+    def update(self) -> None:
+        """Apply the step's gradients under this update's rates, or skip it; callbacks hear of what was applied."""
+        step, state = self._step, self.state
+        if step is None or step.updated:
+            raise RuntimeError("loop.update() without a step: it runs once in each `for step in loop.steps(loader)`")
+        if not step.complete:
+            raise RuntimeError("loop.update() before every micro-batch went backward: `for micro in step: with micro: "
+                               "micro.backward(loss_fn)` must run to its end")  # fmt: skip
+        step.updated = True
+        if applied := self._gradients_final(bool(step.done)):
+            before = state.apply_rates()
+            try:
+                state.runner.update(self)
+            finally:
+                state.restore_rates(before)
+        if state.scaler is not None and step.done:
+            state.scaler.update()
+        if applied:
+            self._count(step.size, step.means(), step.weight)
+        else:
+            self._count_skipped(step.size)
+
+    @contextlib.contextmanager
+    def updating(self, loss: Tensor | None = None, samples: int = 0) -> Iterator[None]:
+        """Run callbacks around `optimizer.step()` in a loop of your own; `loss` is what TensorBoard and others show.
+
+        With `scaler=` gradients are unscaled first. A skipped update takes the gradients away (`p.grad = None`), so
+        that the optimizer's step does nothing.
+        """
+        self._begin(None)
+        if applied := self._gradients_final(True):
+            before = self.state.apply_rates()
+            try:
+                yield
+            finally:
+                self.state.restore_rates(before)
+        else:
+            self.state.optimizer.zero_grad(set_to_none=True)
+            yield
+        if applied:
+            self._count(samples, {} if loss is None else {"loss": loss.detach()}, samples or 1)
+        else:
+            self._count_skipped(samples)
+
+    def evaluate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any) -> dict[str, float]:
+        """Return `val_loss` and `val_<name>` over a loader, `val_<loader>_<name>` over a mapping of loaders."""
+        if isinstance(loader, Mapping):
+            each = [evaluate(self, loss_fn, one, f"val_{name}_") for name, one in loader.items()]
+            return {name: value for part in each for name, value in part.items()}
+        return evaluate(self, loss_fn, loader, "val_")
+
+    def validate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any = None) -> None:
+        """Evaluate and report; without a loader report the epoch's mean `train_loss`; nothing once stopped inside."""
+        self._check_closed()
+        ended_inside = self.stopped and not self._in_steps and self._begun and self.state.loader is not None
+        if (
+            not self._exhausted
+            and (self.state.stop_reason is not None or ended_inside)
+            and self.state.loader is not None
+        ):
+            return
+        self.report({"train_loss": self.train_loss.value()} if loader is None else self.evaluate(loss_fn, loader))
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""
+        state, logged = self.state, self.state._logged
+        found = {**metrics, **{name: value() for name, value in logged.items() if callable(value)}}
+        state._logged = {}
+        for name in self.reported:
+            state.metrics.pop(name, None)
+        state.metrics.update({name: number(name, value) for name, value in found.items()})
+        self.reported, self.reported_at = set(found), state.step
+        self._run("on_validation_end")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a callback asked to stop, or the `steps=` are done."""
+        return self.state.stop_reason is not None or (self._end[1] is not None and self.state.step >= self._end[1])
+
+    def _gradients_final(self, any_backward: bool) -> bool:
+        """Unscale, let callbacks see and scale the gradients; return whether the update is to be applied."""
+        state = self.state
+        if state.scaler is not None and any_backward:
+            state.scaler.unscale_(state.optimizer)
+            verdicts = state.scaler._found_inf_per_device(state.optimizer).values()
+            if any([verdict.tolist() for verdict in verdicts]):  # the one read that GradScaler.step makes anyway
+                state.skip("the scaler found gradients that are not finite")
+        if state._skip is None:
+            state._grad_norm, state._grads_open = None, True
+            self._run("on_before_optimizer_step")
+        if state._skip is not None:
+            state.drop_factors()
+            return False
+        state.apply_gradient_factors()
+        return True
+
+    def _count(self, samples: int, metrics: dict[str, Any], weight: float | Tensor) -> None:
+        state = self.state
+        state.step += 1
+        state.samples += samples
+        state.skip_reason, self._skips = None, 0
+        state.metrics.update(metrics)
+        if "loss" in metrics:
+            self.train_loss.add(metrics["loss"], weight)
+        self._run("on_step_end")
+        self._flush()
+
+    def _count_skipped(self, samples: int) -> None:
+        state = self.state
+        state.skipped += 1
+        state.samples += samples
+        state.skip_reason, state._skip = state._skip, None
+        self._skips += 1
+        if self._skips >= self.max_skips:
+            raise RuntimeError(f"{self._skips} updates in a row were skipped (max_skips={self.max_skips}); the last "
+                               f"because {state.skip_reason}")  # fmt: skip

@@ -1,0 +1,54 @@
+"""A weighted mean of device scalars that waits for no device and rounds the same however often it is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import move
+
+
+class Mean:
+    """Adds up values by weight; every 64 go into a double at once, so that adding one costs two list appends."""
+
+    def __init__(self) -> None:
+        self.total: Any = 0.0
+        self.weight: Any = 0.0
+        self.values: list[Tensor] = []
+        self.weights: list[Any] = []
+
+    def add(self, value: Tensor | float, weight: float | Tensor) -> None:
+        """Take one value."""
+        self.values.append(value if isinstance(value, Tensor) else torch.tensor(value))
+        self.weights.append(weight)
+        if len(self.values) == 64:
+            self.total, self.weight = self._sum()
+            self.values, self.weights = [], []
+
+    def _sum(self) -> tuple[Any, Any]:
+        if not self.values:
+            return self.total, self.weight
+        stack = torch.stack(self.values)
+        stack = stack.to(torch.float32 if stack.device.type == "mps" else torch.float64)
+        if any(isinstance(weight, Tensor) for weight in self.weights):
+            weights = torch.stack([torch.as_tensor(w, device=stack.device) for w in self.weights]).to(stack.dtype)
+            return self.total + (stack * weights).sum(), self.weight + weights.sum()
+        scaled = torch._foreach_mul(list(stack.unbind()), self.weights)  # weights travel as arguments, not as a copy
+        return self.total + torch.stack(scaled).sum(), self.weight + sum(self.weights)
+
+    def value(self) -> Any:
+        """Return the mean so far (NaN of nothing), a tensor on the values' device."""
+        total, weight = self._sum()
+        return total / weight if self.values or isinstance(total, Tensor) else float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return sums and what is not yet added to them."""
+        return {"total": self.total, "weight": self.weight, "values": self.values, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take them back."""
+        moved = move(state, device)
+        self.total, self.weight = moved["total"], moved["weight"]
+        self.values, self.weights = list(moved["values"]), list(moved["weights"])

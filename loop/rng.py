@@ -1,0 +1,89 @@
+"""Random streams: derived from a seed and from where training stands, never from who drew before."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+MASK = 2**64 - 1
+
+
+def mix(base: int, key: int) -> int:
+    """Return 64 well-mixed bits of a base and a key (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = (base + (key + 1) * 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def derive(seed: int, *keys: int | str) -> int:
+    """Return a seed of its own for each tuple of keys."""
+    for key in keys:
+        seed = mix(seed, zlib.crc32(key.encode()) if isinstance(key, str) else key)
+    return seed
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Return torch's global generators that a step on this device draws from."""
+    found: list[torch.Generator] = [torch.default_generator]
+    if device.type == "mps":
+        found.append(torch.mps._get_default_mps_generator())
+    elif device.type in ("cuda", "xpu"):
+        module = torch.get_device_module(device)
+        module.init()
+        found.append(module.default_generators[module.current_device() if device.index is None else device.index])
+    return found
+
+
+def seed_host(seed: int) -> None:
+    """Seed Python's generator, and NumPy's if it was imported."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy if imported, torch and every accelerator."""
+    seed_host(seed)
+    torch.manual_seed(seed)
+
+
+def snapshot(device: torch.device) -> dict[str, Any]:
+    """Return the state of every global generator as plain data."""
+    version, inner, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": [g.get_state() for g in generators(device)], "python": [version, [*inner], gauss]}
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), *rest]
+    return state
+
+
+def restore(state: dict[str, Any], device: torch.device) -> None:
+    """Put the global generators back to a snapshot."""
+    for generator, one in zip(generators(device), state["torch"], strict=False):
+        generator.set_state(one)
+    version, inner, gauss = state["python"]
+    random.setstate((version, tuple(inner), gauss))
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+
+
+@contextlib.contextmanager
+def isolated(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Run the body on streams of its own: seeded if told, and everything put back after."""
+    before = snapshot(device)
+    try:
+        if seed is not None:
+            seed_host(seed)
+            for generator in generators(device):
+                generator.manual_seed(seed)
+        yield
+    finally:
+        restore(before, device)

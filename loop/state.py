@@ -1,0 +1,166 @@
+"""What a hook receives: where training stands, the plan for the next step, what the last one gave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .step import Eager
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+@dataclass(slots=True)
+class MicroEnd:
+    """One micro-batch that went through the model, as `on_micro_end` sees it."""
+
+    batch: Any
+    outputs: dict[str, Any]  # detached; always holds "loss"
+    weight: float | Tensor
+    index: list[Any] | None  # positions in the data set, None where unknown
+    training: bool
+    number: int  # 0 is the first micro-batch of this step's try, or of this evaluation
+    size: int
+
+
+@dataclass(eq=False)
+class State:
+    """Where training stands; a callback can be driven by one without any loop: `State(model, optimizer)`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: GradScaler | None = None
+    eval_model: nn.Module | None = None
+    loader: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world: int = 1
+    # progress: updates applied, updates skipped, epochs ended, samples seen
+    step: int = 0
+    skipped: int = 0
+    epoch: int = 0
+    samples: int = 0
+    total_steps: int | None = None
+    epoch_samples: int | None = None
+    # plan
+    seed: int | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    micro_batch_size: int | None = None
+    eval_micro_batch_size: int | None = None
+    runner: Any = field(default_factory=Eager)
+    # outcome
+    metrics: dict[str, Any] = field(default_factory=dict)
+    rates: list[Any] = field(default_factory=list)
+    micro: MicroEnd | None = None
+    exception: Exception | None = None
+    skip_reason: str | None = None
+    stop_reason: str | None = None
+    writers: list[Callable[[list[str], Callable[[], dict[str, Any]]], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._rate_factors: list[tuple[Group | None, float]] = []
+        self._grad_factors: list[float | Tensor] = []
+        self._grad_norm: Tensor | None = None
+        self._grads_open = True
+        self._skip: str | None = None
+        self._saves: list[str] = []
+        self._logged: dict[str, Any] = {}
+
+    def stop(self, reason: str) -> None:
+        """End training after this step; the first reason stands."""
+        self.stop_reason = self.stop_reason or reason
+
+    def skip(self, reason: str) -> None:
+        """Leave this update out: no optimizer step, no count; `reason` stands in `state.skip_reason`."""
+        self._skip = reason
+
+    def save(self, reason: str) -> None:
+        """Have a checkpoint written at the next point where one is whole, once every callback's hook has run."""
+        if not self.writers:
+            raise RuntimeError(f"state.save({reason!r}): nothing here writes checkpoints; add Checkpoint(folder)")
+        self._saves.append(reason)
+
+    def log(self, name: str, value: float | Tensor | Callable[[], Any]) -> None:
+        """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported."""
+        self._logged[name] = value
+        if not callable(value):
+            self.metrics[name] = value
+
+    def scale_rate(self, factor: float, group: Group | int | None = None) -> None:
+        """Multiply the rate of this update (of one parameter group, or all) by `factor`; it is put back after."""
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"scale_rate: factor must be finite and at least 0, not {factor!r}")
+        self._rate_factors.append((self.optimizer.param_groups[group] if isinstance(group, int) else group, factor))
+
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiply all gradients of this update by a number or 0-d tensor, once every callback has said its factor."""
+        self._grad_factors.append(factor)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients of all parameters that the optimizer holds."""
+        return [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of the gradients before clipping, computed when first asked for in `on_before_optimizer_step`."""
+        if self._grad_norm is None and self._grads_open:
+            self._grad_norm = nn.utils.get_total_norm(self.grads)
+        return self._grad_norm
+
+    def drop_factors(self) -> None:
+        """Forget what callbacks asked for in an update that is skipped."""
+        self._rate_factors, self._grad_factors, self._grads_open = [], [], False
+
+    def apply_gradient_factors(self) -> None:
+        """Multiply the gradients by the product of what callbacks asked for; sorted, so that their order is free."""
+        factors, self._grad_factors = self._grad_factors, []
+        self._grads_open = False
+        if not factors or not (grads := self.grads):
+            return
+        factor = factors[0]
+        if len(factors) > 1:
+            each = [f if isinstance(f, Tensor) else torch.full((), f, device=grads[0].device) for f in factors]
+            factor = torch.stack([f.to(grads[0].device, torch.float64) for f in each]).sort().values.prod()
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for grad in grads:
+            by_device.setdefault(grad.device, []).append(grad)
+        for device, some in by_device.items():
+            torch._foreach_mul_(some, factor.to(device) if isinstance(factor, Tensor) else factor)
+
+    def apply_rates(self) -> list[Any] | None:
+        """Multiply every group's rate by its factors in sorted order; return what `restore_rates` puts back."""
+        groups, factors = self.optimizer.param_groups, self._rate_factors
+        if not factors:
+            self.rates = [group["lr"] for group in groups]
+            return None
+        self._rate_factors, self.rates, before = [], [], []
+        for group in groups:
+            rate = group["lr"]
+            product = math.prod(sorted(f for g, f in factors if g is None or g is group))
+            if isinstance(rate, Tensor):
+                before.append(rate.clone())
+                self.rates.append(rate.mul_(product).clone())  # a captured step reads this tensor: filled, not replaced
+            else:
+                before.append(rate)
+                group["lr"] = rate * product
+                self.rates.append(group["lr"])
+        return before
+
+    def restore_rates(self, before: list[Any] | None) -> None:
+        """Put the rates back, so that whatever scheduler the user has never meets a factor."""
+        for group, rate in zip(self.optimizer.param_groups, before or (), strict=False):
+            if isinstance(rate, Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
