@@ -11,8 +11,8 @@ from . import batch as batches
 from .feed import Chunk, piece
 from .goal import number
 from .mean import Mean
+from .outputs import checked, detached, single, weight_of
 from .rng import derive, isolated
-from .step import checked, detached, single, weight_of
 
 if TYPE_CHECKING:
     from .life import Life

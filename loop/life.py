@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
-from .callback import AROUND, Callback, check, overridden, table
+from .callback import Callback
+from .dispatch import AROUND, check, overridden, table
 from .feed import Chunk, Feed
 from .mean import Mean
 from .plan import count_steps
@@ -71,14 +72,15 @@ class Life:
         self._constants: dict[Any, Tensor] = {}
         self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
-        self._skips = 0
-        self._was_set_up = self._entered = self._begun = self._in_steps = self._exhausted = False
+        self._skips, self._saved_at = 0, -1
+        self._was_set_up = self._entered = self._begun = False
+        self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
 
     def __enter__(self) -> Self:
         if self._entered:
             raise RuntimeError("this Loop is entered already")
         state = self.state
-        self._entered, self._begun, self._step, self._end = True, False, None, (None, None)
+        self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
         state.stop_reason = None
         try:
             if not self._was_set_up:
@@ -116,6 +118,26 @@ class Life:
             self.snapshot = Snapshot(state)
         self._run("on_fit_start")
 
+    def _open_epoch(self, loader: Any) -> None:
+        """Bring the loader to where the run stands."""
+        if not self._entered or self._end == (None, None):
+            raise RuntimeError("loop.steps must run inside `with loop:` and `for epoch in loop.epochs(...)`")
+        self._begin(loader)
+        self._check_closed()
+        if self._phase:
+            raise RuntimeError("a second loop.steps in one epoch: each loop.epochs gives one pass over the loader")
+        state, feed = self.state, self.feed
+        if feed.epoch != state.epoch:
+            self.train_loss = Mean()
+        feed.attach(loader)
+        feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
+        if self.rng_to_restore is not None:
+            rng.restore(self.rng_to_restore, state.device)  # reaching the position drew numbers
+            self.rng_to_restore = None
+        self._run("on_epoch_start")
+        if feed.empty:
+            raise ValueError(feed.empty)
+
     def _check_around(self) -> None:
         for callback in self.callbacks:
             if missing := sorted(overridden(callback) - AROUND - set(callback.optional)):
@@ -127,19 +149,23 @@ class Life:
     ) -> None:
         problems: list[BaseException] = []
 
-        def attempt(act: Callable[[], Any]) -> None:
+        def attempt(act: Callable[[], Any], hook: Any = None) -> None:
             try:
                 act()
             except BaseException as problem:
                 problems.append(problem)
+                if hook is not None:
+                    note(problem, hook, "on_fit_end", self.state.step)
 
         if error is None:
             attempt(self._check_closed)
-        if self._step is None or self._step.updated:
+        if error is None and not problems:  # after an error, not every callback's hook has run: the last save stands
+            if self.state.writers and self.state.step != self._saved_at:
+                self.state.save("end")
             attempt(self._flush)
-        for callback in self.callbacks:
-            if "on_fit_end" in overridden(callback):
-                attempt(functools.partial(self._call, callback.on_fit_end, "on_fit_end"))
+        self.state._saves = []
+        for method in self.hooks["on_fit_end"]:
+            attempt(functools.partial(method, self.state), method)
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None
         first = error
@@ -151,23 +177,23 @@ class Life:
         if error is None and first is not None:
             raise first
 
-    def _call(self, method: Callable[[State], Any], hook: str) -> Any:
-        try:
-            return method(self.state)
-        except BaseException as error:
-            error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {self.state.step}")
-            raise
-
-    def _run(self, hook: str) -> None:
+    def _run(self, hook: str) -> list[Any]:
+        answers = []
         for method in self.hooks[hook]:
-            self._call(method, hook)
+            try:
+                answers.append(method(self.state))
+            except BaseException as error:
+                note(error, method, hook, self.state.step)
+                raise
+        return answers
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run."""
         if self.state._saves:
             reasons, self.state._saves = sorted(set(self.state._saves)), []
             for write in self.state.writers:
-                write(reasons, lambda: capture(self))
+                write(self.state, reasons, lambda: capture(self))
+            self._saved_at = self.state.step
 
     def _check_closed(self) -> None:
         if self._step is not None and not self._step.updated:
@@ -182,7 +208,7 @@ class Life:
         self.state.exception = error
         self.state.micro = MicroEnd(None, {}, size, None, training, 0, size)
         try:
-            return any([self._call(method, "on_exception") for method in self.hooks["on_exception"]])
+            return any(self._run("on_exception"))
         finally:
             self.state.exception = self.state.micro = None
 
@@ -221,6 +247,11 @@ class Life:
                 self._constants.clear()
             self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
+
+
+def note(error: BaseException, method: Any, hook: str, step: int) -> None:
+    """Say in which callback's hook an error arose."""
+    error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import rng
 from .evaluate import evaluate
 from .goal import number
 from .life import Life
-from .mean import Mean
 from .state import State
 from .step import Step
 
@@ -64,34 +62,23 @@ class Loop(Life):
 
     def _epochs(self) -> Iterator[int]:
         while not self.stopped and (self._end[0] is None or self.state.epoch < self._end[0]):
-            self._exhausted, seen = False, self.state.step
+            self._phase = ""
             yield self.state.epoch
             self._check_closed()
-            if self._exhausted:
+            if self._phase == "exhausted":
                 self.state.epoch += 1
                 self._run("on_epoch_end")
                 self._flush()
             elif not self.stopped:
-                raise RuntimeError("an epoch went by without loop.steps" + (": end it with break" if seen else ""))
+                raise RuntimeError("an epoch went by without a step: iterate loop.steps(loader) in each")
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
-        """Yield the steps of one epoch, each with the data of one update; `loop.update()` ends each."""
-        if not self._entered or self._end == (None, None):
-            raise RuntimeError("loop.steps must run inside `with loop:` and `for epoch in loop.epochs(...)`")
-        self._begin(loader)
-        self._check_closed()
-        state, feed = self.state, self.feed
-        if feed.epoch != state.epoch:
-            self.train_loss = Mean()
-        feed.attach(loader)
-        feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
-        if self.rng_to_restore is not None:
-            rng.restore(self.rng_to_restore, state.device)  # reaching the position drew numbers
-            self.rng_to_restore = None
-        self._run("on_epoch_start")
-        if feed.empty:
-            raise ValueError(feed.empty)
-        self._in_steps = True
+        """Yield the steps of one epoch, each with the data of one update; `loop.update()` ends each.
+
+        A break after `loop.update()` ends the epoch there.
+        """
+        self._open_epoch(loader)
+        state, feed, self._phase = self.state, self.feed, "inside"
         try:
             while not self.stopped and feed.more():
                 self._run("on_step_start")
@@ -99,12 +86,11 @@ class Loop(Life):
                 self._step = Step(self, feed.gather(state.batch_size, state.accumulate))
                 yield self._step
                 self._check_closed()
-            self._exhausted = not feed.more()
-        except GeneratorExit:  # a break between updates ends the epoch
-            self._exhausted = self._step is not None and self._step.updated and not self.stopped
+            self._phase = "left" if feed.more() else "exhausted"
+        except GeneratorExit:
+            ended = self._step is not None and self._step.updated and not self.stopped
+            self._phase = "exhausted" if ended else "left"
             raise
-        finally:
-            self._in_steps = False
 
     def update(self) -> None:
         """Apply the step's gradients under this update's rates, or skip it; callbacks hear of what was applied."""
@@ -160,12 +146,7 @@ class Loop(Life):
     def validate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any = None) -> None:
         """Evaluate and report; without a loader report the epoch's mean `train_loss`; nothing once stopped inside."""
         self._check_closed()
-        ended_inside = self.stopped and not self._in_steps and self._begun and self.state.loader is not None
-        if (
-            not self._exhausted
-            and (self.state.stop_reason is not None or ended_inside)
-            and self.state.loader is not None
-        ):
+        if self._phase == "left" or (self._phase == "inside" and self.state.stop_reason is not None):
             return
         self.report({"train_loss": self.train_loss.value()} if loader is None else self.evaluate(loss_fn, loader))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from .callback import Callback, overridden
+from .callback import Callback
+from .dispatch import overridden
 from .feed import extent
 from .state import State
 

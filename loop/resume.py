@@ -23,7 +23,9 @@ def capture(loop: Life) -> dict[str, Any]:
             "progress": {name: getattr(state, name) for name in ("step", "skipped", "epoch", "samples")},
             "optimizer": state.optimizer.state_dict(),
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
-            "callbacks": {c.key: saved for c in loop.callbacks if (saved := c.state_dict())},
+            "callbacks": {
+                c.key: saved for c in sorted(loop.callbacks, key=lambda c: c.key) if (saved := c.state_dict())
+            },
             "rng": rng.snapshot(state.device),
             "data": loop.feed.state_dict(),
             "train_loss": loop.train_loss.state_dict(),

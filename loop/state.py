@@ -65,7 +65,7 @@ class State:
     exception: Exception | None = None
     skip_reason: str | None = None
     stop_reason: str | None = None
-    writers: list[Callable[[list[str], Callable[[], dict[str, Any]]], None]] = field(default_factory=list)
+    writers: list[Callable[[State, list[str], Callable[[], dict[str, Any]]], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._rate_factors: list[tuple[Group | None, float]] = []

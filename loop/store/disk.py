@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def write(folder: Path, step: int, model: dict[str, Any], state: dict[str, Any]) -> Path:
+def write(folder: Path, step: int, model: dict[str, Any], state: dict[str, Any], marks: Sequence[str] = ()) -> Path:
     """Write a checkpoint whole or not at all, and return its folder; raises TypeError naming what is no plain data."""
     for name, part in (("model", model), ("state", state)):
         if where := not_plain(part, name):
@@ -70,6 +71,8 @@ def write(folder: Path, step: int, model: dict[str, Any], state: dict[str, Any])
     for name, content in (("model.pt", model), ("state.pt", state)):
         torch.save(content, draft / name)
         sync(draft / name)
+    for mark in marks:
+        (draft / mark).touch()
     sync(draft)
     draft.rename(target)
     sync(folder)
@@ -83,6 +86,15 @@ def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(state, dict) or state.get("format") != 1:
         raise ValueError("its format is not 1, the only one that this version of hookloop reads")
     return model, state
+
+
+def readable(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint loads."""
+    try:
+        load(checkpoint)
+    except Exception:
+        return False
+    return True
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:

@@ -1,0 +1,94 @@
+"""EarlyStopping: training ends when a metric no longer gets better."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..loop.callback import Callback
+from ..loop.goal import Goal, Tracker
+from ..loop.state import State
+
+
+class EarlyStopping(Callback):
+    """Stops training at the `patience`-th report in a row without an improvement of `metric` (0 acts as 1).
+
+    An improvement is larger than `min_delta` (with `relative`, than that share of the best value's size, so it works
+    for negative metrics too); only an improvement moves the best value. `min_epochs`: no stop before so many epochs,
+    but an improvement until then starts the count anew. `restore_best`: the model leaves training, by any way, with the
+    weights and buffers of its best report; entered again, it goes on from its last. `nan`: "stop" at a value that is
+    not finite, or "ignore" it as one that is no improvement. The reason is in `state.stop_reason`, the count in
+    `state.metrics["early_stopping"]`. Raises ValueError for bad settings, KeyError for a metric that was not reported.
+    """
+
+    def __init__(self, metric: str | Goal = "val_loss", patience: int = 3, min_delta: float = 0.0, mode: str = "min",
+                 relative: bool = False, min_epochs: int = 0, restore_best: bool = False, nan: str = "stop") -> None:  # fmt: skip
+        if isinstance(metric, Goal) and (patience, min_delta, mode, relative) != (3, 0.0, "min", False):
+            raise ValueError(
+                "metric is a Goal, which says patience, min_delta, mode and relative itself; give them there"
+            )
+        goal = metric if isinstance(metric, Goal) else Goal(metric, mode, patience, min_delta, relative)
+        if not isinstance(min_epochs, int) or isinstance(min_epochs, bool) or min_epochs < 0:
+            raise ValueError(f"min_epochs must be a whole number of epochs, at least 0, not {min_epochs!r}")
+        if nan not in ("stop", "ignore"):
+            raise ValueError(f"nan must be 'stop' or 'ignore', not {nan!r}")
+        self.tracker, self.min_epochs, self.restore_best, self.nan = Tracker(goal), min_epochs, restore_best, nan
+        self.optional = () if min_epochs else ("on_epoch_end",)
+        self._best: dict[str, Any] | None = None
+        self._last: dict[str, Any] | None = None
+        self._broken: str | None = None
+
+    def on_fit_start(self, state: State) -> None:
+        """Say again what a restored or finished run had decided, and train on from the last weights."""
+        if self._last is not None:
+            state.model.load_state_dict(self._last)
+            self._last = None
+        if self.tracker.best is not None:
+            state.log("early_stopping", self.tracker.bad)
+        self._decide(state)
+
+    def on_validation_end(self, state: State) -> None:
+        """Take the report in."""
+        value = self.tracker.goal.read(state, "EarlyStopping")
+        if not math.isfinite(value) and self.nan == "stop":
+            self._broken = f"{self.tracker.goal.metric} is {value} at step {state.step}"
+        if self.tracker.update(value) and self.restore_best:
+            self._best = copy_of(state.model)
+        state.log("early_stopping", self.tracker.bad)
+        self._decide(state)
+
+    def on_epoch_end(self, state: State) -> None:
+        """Stop late where `min_epochs` held it up."""
+        self._decide(state)
+
+    def _decide(self, state: State) -> None:
+        goal, best = self.tracker.goal, self.tracker.best
+        if self._broken is not None:
+            state.stop(self._broken)
+        elif self.tracker.exhausted and state.epoch >= self.min_epochs:
+            best_text = "no finite value" if best is None else f"best {best:.6g}"
+            state.stop(f"{goal.metric} did not improve in {self.tracker.bad} reports ({best_text})")
+
+    def on_fit_end(self, state: State) -> None:
+        """Leave with the best weights."""
+        if self.restore_best and self._best is not None:
+            self._last = copy_of(state.model)
+            state.model.load_state_dict(self._best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return best value, count, best weights."""
+        return {**self.tracker.state_dict(), "weights": self._best, "broken": self._broken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.tracker.load_state_dict(state)
+        self._best, self._broken = state["weights"], state["broken"]
+
+
+def copy_of(model: torch.nn.Module) -> dict[str, Any]:
+    """Return a copy of weights and buffers in host memory."""
+    return {
+        k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()
+    }

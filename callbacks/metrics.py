@@ -1,0 +1,87 @@
+"""Metrics: torchmetrics, fed and reset at the right times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..loop.batch import move
+from ..loop.callback import Callback
+from ..loop.state import State
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+
+class Metrics(Callback):
+    """Reports torchmetrics of what `loss_fn` returns as "preds" and "target", over validation, without touching training.
+
+    `metrics`: a Metric, a MetricCollection, or names to Metrics; reported as `val_<name>`. `training=True` also keeps a
+    copy over each training epoch (`train_<name>`), fed once a step's update is applied; its `update` is work in the
+    step, and some metrics wait for the device there. Computed across ranks by torchmetrics itself. Raises TypeError for
+    what is no Metric, KeyError where `loss_fn` returned no "preds" or "target".
+    """
+
+    def __init__(self, metrics: Metric | MetricCollection | Mapping[str, Metric], training: bool = False) -> None:
+        from torchmetrics import Metric, MetricCollection
+
+        if isinstance(metrics, Metric):
+            metrics = {type(metrics).__name__.removeprefix("Multiclass").removeprefix("Binary").lower(): metrics}
+        named = dict(metrics.items()) if isinstance(metrics, MetricCollection | Mapping) else {}
+        for name, metric in named.items():
+            if not isinstance(name, str) or not isinstance(metric, Metric):
+                raise TypeError(f"metrics[{name!r}] must be a torchmetrics.Metric, not {type(metric).__name__}")
+        if not named:
+            raise TypeError(f"metrics must be a Metric, a MetricCollection or names to Metrics, not {metrics!r}")
+        self.validation: dict[str, Any] = {name: metric.clone() for name, metric in named.items()}
+        self.training: dict[str, Any] = {name: metric.clone() for name, metric in named.items()} if training else {}
+        self._seen: list[tuple[Any, Any]] = []
+
+    def on_setup(self, state: State) -> None:
+        """Put the metrics on the model's device."""
+        for metric in (*self.validation.values(), *self.training.values()):
+            metric.to(state.device)
+
+    def on_micro_end(self, state: State) -> None:
+        """Feed validation's; keep training's until the update is applied, since a step may be redone or skipped."""
+        micro = state.micro
+        if micro is None or (micro.training and not self.training):
+            return
+        if missing := [name for name in ("preds", "target") if name not in micro.outputs]:
+            raise KeyError(f"Metrics needs loss_fn to return {' and '.join(map(repr, missing))} beside 'loss'; it returned "
+                           f"{', '.join(micro.outputs)}")  # fmt: skip
+        pair = micro.outputs["preds"], micro.outputs["target"]
+        if micro.training:
+            self._seen = [pair] if micro.number == 0 else [*self._seen, pair]
+            return
+        for name, metric in self.validation.items():
+            if micro.number == 0:
+                metric.reset()
+                state.log(name, metric.compute)
+            metric.update(*pair)
+
+    def on_step_end(self, state: State) -> None:
+        """Feed training's."""
+        for name, metric in self.training.items():
+            for pair in self._seen:
+                metric.update(*pair)
+            state.log(f"train_{name}", metric.compute)
+        self._seen = []
+
+    def on_epoch_end(self, state: State) -> None:
+        """Begin a new epoch."""
+        for metric in self.training.values():
+            metric.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what training's metrics hold of the epoch."""
+        return {name: [dict(m.metric_state), m.update_count] for name, m in self.training.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        for name, (held, count) in state.items():
+            if (metric := self.training.get(name)) is None:
+                raise ValueError(f"the checkpoint holds the training metric {name!r}; give it, with training=True")
+            for key, value in move(held, metric.device).items():
+                setattr(metric, key, value)
+            metric._update_count = count  # compute warns where nothing was ever fed

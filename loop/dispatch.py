@@ -1,0 +1,59 @@
+"""Which methods run at which hook: checked and built once, so that an unused hook costs nothing."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .callback import HOOKS, Callback
+from .state import State
+
+Method = Callable[[State], Any]
+# Around a loop of the user's own, where steps, epochs and data are not ours, only these run.
+AROUND = {"on_setup", "on_fit_start", "on_micro_end", "on_before_optimizer_step", "on_step_end", "on_validation_end",
+          "on_fit_end"}  # fmt: skip
+
+
+def overridden(callback: Callback) -> set[str]:
+    """Return the hooks that this callback overrides, in its class or on the instance."""
+    methods = {hook: getattr(callback, hook) for hook in HOOKS}
+    return {
+        hook for hook, method in methods.items() if getattr(method, "__func__", None) is not getattr(Callback, hook)
+    }
+
+
+def check(callbacks: Iterable[Callback]) -> None:
+    """Refuse what could only go wrong later: no callback, a misspelt hook, shared keys or settings."""
+    keys: dict[str, Callback] = {}
+    owners: dict[str, Callback] = {}
+    for callback in callbacks:
+        name = type(callback).__name__
+        if not isinstance(callback, Callback):
+            hint = f"; write {callback.__name__}(...)" if inspect.isclass(callback) else ""
+            raise TypeError(f"callbacks holds {callback!r}, which is no Callback instance{hint}")
+        for attribute in dir(callback):
+            if attribute.startswith("on_") and attribute not in HOOKS and callable(getattr(callback, attribute)):
+                near = (difflib.get_close_matches(attribute, HOOKS, 1, 0) or HOOKS)[0]
+                raise TypeError(f"{name}.{attribute} is no hook and would never run; the closest hook is {near}")
+        for hook in overridden(callback):
+            try:
+                inspect.signature(getattr(callback, hook)).bind(None)
+            except TypeError as error:
+                raise TypeError(f"{name}.{hook} must take one argument, state: {error}") from None
+        if keys.get(callback.key) is callback:
+            raise ValueError(f"the same {name} stands in callbacks twice")
+        if callback.key in keys:
+            raise ValueError(f"two callbacks have the key {callback.key!r}; name one: {name}(...).named('second')")
+        keys[callback.key] = callback
+        for setting in callback.owns:
+            if setting in owners:
+                first = type(owners[setting]).__name__
+                raise ValueError(f"{first} and {name} both own state.{setting}; keep one of them")
+            owners[setting] = callback
+
+
+def table(callbacks: Iterable[Callback]) -> dict[str, tuple[Method, ...]]:
+    """Return hook -> the methods that override it, in list order; built once, so an unused hook costs nothing."""
+    return {hook: tuple(getattr(c, hook) for c in callbacks if hook in overridden(c)) for hook in HOOKS}

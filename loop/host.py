@@ -1,0 +1,40 @@
+"""Single numbers brought from a device to the host without a training step waiting for them."""
+
+from collections import deque
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """`put` queues copies behind the work that makes the numbers; `take` gives, in order, what has arrived, as floats."""
+
+    def __init__(self) -> None:
+        self.pending: deque[tuple[Any, dict[str, Any], list[torch.Event]]] = deque()
+
+    def put(self, about: Any, values: Mapping[str, Any]) -> None:
+        """Capture each number and real 0-d tensor in `values` as it is now, and leave out the rest; `about` is kept."""
+        found: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, Real)}
+        events = []
+        for name, value in values.items():
+            if isinstance(value, Tensor) and not value.dim() and not value.is_complex():
+                wait_free = value.device.type in ("cuda", "xpu")
+                host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=wait_free)
+                found[name] = host.copy_(value.detach(), non_blocking=wait_free)
+                if wait_free:
+                    events.append(torch.Event(value.device.type))
+                    events[-1].record(torch.accelerator.current_stream(value.device))
+        self.pending.append((about, found, events))
+
+    def take(self, all: bool = False) -> list[tuple[Any, dict[str, float]]]:
+        """Return pairs (about, name -> float) of what has arrived; `all` waits for the rest."""
+        done = []
+        while self.pending and (all or not [event for event in self.pending[0][2] if not event.query()]):
+            about, found, events = self.pending.popleft()
+            for event in events:
+                event.synchronize()
+            done.append((about, {k: float(v.tolist() if hasattr(v, "tolist") else v) for k, v in found.items()}))
+        return done

@@ -1,0 +1,71 @@
+"""What a loss function gives and what it weighs, checked before anything is built on it."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .feed import Chunk
+
+if TYPE_CHECKING:
+    from .life import Life
+
+
+def checked(outputs: Any, training: bool = True) -> dict[str, Any]:
+    """Return what `loss_fn` gave as a dict with "loss"; raises TypeError or ValueError where that is no mean loss."""
+    if isinstance(outputs, Tensor):
+        found = {"loss": outputs}
+    else:
+        if not isinstance(outputs, Mapping):
+            raise TypeError(f"loss_fn returned {type(outputs).__name__}; return the mean loss, a scalar tensor, "
+                            'or a mapping that holds it as "loss"')  # fmt: skip
+        if "loss" not in outputs:
+            raise ValueError(f'loss_fn returned a mapping without "loss"; it holds {sorted(map(str, outputs))}')
+        found = dict(outputs)
+    loss = found["loss"]
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"the loss is a {type(loss).__name__}, not a tensor; return what the criterion gave, not .item()"
+        )
+    if loss.dim() or loss.is_complex():
+        raise ValueError(
+            f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}; return one real number: loss.mean()"
+        )
+    if training and not loss.requires_grad:
+        raise ValueError("the loss has requires_grad=False, so nothing can be learnt from it; "
+                         "is it detached, under no_grad, or are all parameters frozen?")  # fmt: skip
+    return found
+
+
+def weight_of(loop: Life, chunk: Chunk) -> float | Tensor:
+    """Return what this micro-batch's mean loss is a mean over; a tensor only where the batch lies on a device."""
+    if loop.weigh is None:
+        return chunk.size or 0
+    weight: Any = loop.weigh(chunk.data)
+    if isinstance(weight, Tensor):
+        if weight.dim():
+            raise ValueError(f"weigh must return a number or a 0-d tensor, not shape {tuple(weight.shape)}; sum it")
+        if weight.device.type != "cpu":
+            return weight.detach()
+        weight = weight.tolist()
+    if not isinstance(weight, numbers.Real) or not 0 <= weight < float("inf"):
+        raise ValueError(f"weigh must return a finite number that is at least 0, not {weight!r}")
+    return float(weight)
+
+
+def detached(x: Any, path: str) -> Any:
+    """Return a tensor without its graph, anything else as it is."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def single(value: Any) -> bool:
+    """Tell whether an output is one number, to be averaged and logged."""
+    return not value.dim() if isinstance(value, Tensor) else type(value) in (int, float)
+
+
+def singles(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the outputs that are one number, without their graph."""
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items() if single(v)}

@@ -1,0 +1,364 @@
+"""Checkpoint and `resume=`: whole or not at all, and continued to the same bits from every step."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from torch.utils.data import DataLoader
+
+from hookloop.callbacks import (
+    Checkpoint,
+    ClipGradients,
+    DynamicBatchSize,
+    EarlyStopping,
+    GradientAccumulation,
+    MicroBatch,
+    Seed,
+    Warmup,
+)
+from hookloop.loop import Callback, Goal, Loop, State
+from hookloop.loop.store import list_checkpoints
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(Callback):
+    """Ends the process' run without a word, as a kill would, at a step's end or inside a later hook."""
+
+    def __init__(self, step: int | None, hook: str = "on_step_end") -> None:
+        self.step = step
+        setattr(self, hook, self._kill)
+
+    def _kill(self, state: State) -> None:
+        if state.step == self.step:
+            raise Killed
+
+
+class Augmented(Samples):
+    """Draws from every global generator for each sample."""
+
+    def __getitem__(self, i: int) -> Any:
+        x, y, i = super().__getitem__(i)
+        return x + random.random() + float(np.random.rand()) + torch.rand(()), y, i
+
+
+def make(folder: Path | None, kill: int | None = None, hook: str = "on_step_end", seeded: bool = True, every: int = 1,
+         extra: Any = ()) -> Loop:  # fmt: skip
+    seed = [Seed(5)] if seeded else []
+    model = net(seed=5)
+    shaping = [Warmup(0.5), GradientAccumulation({0: 1, 1: 2}), DynamicBatchSize(6, 11), ClipGradients(0.3), MicroBatch(4),
+               EarlyStopping("val_loss", patience=9, restore_best=True)]  # fmt: skip
+    save = [] if folder is None else [Checkpoint(folder, every=every, keep=None, best="val_loss")]
+    return Loop(model, adamw(model), [*save, *seed, *shaping, KillAt(kill, hook), *extra], resume=folder)
+
+
+def data(workers: int = 0, augmented: bool = False, **kwargs: Any) -> tuple[DataLoader, DataLoader]:
+    kind = Augmented if augmented else Samples
+    extra = {"num_workers": workers, **kwargs}
+    return DataLoader(kind(50), 8, shuffle=True, **extra), DataLoader(Samples(20), 8)
+
+
+def final(form: Any, folder: Path | None, kills: Any, hook: str = "on_step_end", **kwargs: Any) -> tuple[Any, Any]:
+    for kill in [*kills, None]:
+        loop = make(folder, kill, hook, kwargs.get("seeded", True))
+        torch.manual_seed(0)
+        train, val = data(**{k: v for k, v in kwargs.items() if k != "seeded"})
+        try:
+            form(loop, loss_fn, train, val, epochs=3)
+        except Killed:
+            continue
+        return bits(loop), (loop.state.step, loop.state.samples, loop.state.epoch, loop.state.metrics["val_loss"])
+    raise AssertionError
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_step_is_a_resume_point(form: Any, tmp_path: Path) -> None:
+    """Killed after any step, before any save of the next: weights, optimizer, counts and metrics are the same bits."""
+    expected = final(form, None, [])
+    for step in range(1, expected[1][0] + 1):
+        found = final(form, tmp_path / str(step), [step])
+        assert_same_bits(expected[0], found[0])
+        assert expected[1] == found[1]
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_step_start", "on_before_optimizer_step", "on_validation_end", "on_epoch_end", "on_micro_end"]
+)
+def test_killed_in_any_hook(hook: str, tmp_path: Path) -> None:
+    expected = final(built_in, None, [])
+    for step in (0, 4, 9, 13) if hook not in ("on_validation_end", "on_epoch_end") else range(20):
+        found = final(built_in, tmp_path / str(step), [step], hook)
+        assert_same_bits(expected[0], found[0])
+        assert expected[1] == found[1]
+
+
+def test_resumed_many_times(tmp_path: Path) -> None:
+    expected = final(by_hand, None, [])
+    assert_same_bits(expected[0], final(by_hand, tmp_path, range(1, expected[1][0], 2))[0])
+
+
+@pytest.mark.parametrize("workers", [{"workers": 2}, {"workers": 2, "persistent_workers": True}])
+def test_resumes_with_workers_and_random_augmentation(workers: Any, tmp_path: Path) -> None:
+    expected = final(built_in, None, [], augmented=True)
+    for step in (3, 8, 12):
+        assert_same_bits(expected[0], final(built_in, tmp_path / str(step), [step], augmented=True, **workers)[0])
+
+
+def test_resumes_without_seed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    expected = final(built_in, None, [], seeded=False)
+    assert_same_bits(expected[0], final(built_in, tmp_path, [3, 8, 12], seeded=False)[0])
+
+
+def test_skipped_data_is_not_read_again(tmp_path: Path) -> None:
+    loop, train = make(tmp_path, kill=5), data()[0]
+    with pytest.raises(Killed):
+        built_in(loop, loss_fn, train, epochs=1)
+    assert (
+        loop.state.samples == 30
+    )  # the save of step 5 was never made: step 4 stands, with 24 samples in 3 loader batches
+    again = data()[0]
+    built_in(make_without_validation(tmp_path), loss_fn, again, epochs=1)
+    assert len(again.dataset.read) == 50 - 24
+    assert not set(train.dataset.read[:24]) & set(again.dataset.read)
+
+
+def make_without_validation(folder: Path) -> Loop:
+    loop = make(folder)
+    keep = [c for c in loop.callbacks if not isinstance(c, EarlyStopping | Checkpoint)]
+    for callback in keep:
+        del callback._loop
+    stop, save = (
+        EarlyStopping("train_loss", patience=9, restore_best=True),
+        Checkpoint(folder, every=1, keep=None, best="train_loss"),
+    )
+    return Loop(loop.state.model, loop.state.optimizer, [*keep, stop, save], resume=folder)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_saved_does_not_depend_on_the_list(first: bool, tmp_path: Path) -> None:
+    loop = make(tmp_path / "a")
+    built_in(loop, loss_fn, *data(), epochs=2)
+    other = make(tmp_path / "b")
+    order = other.callbacks[::-1] if first else (*other.callbacks[3:], *other.callbacks[:3])
+    for callback in order:
+        del callback._loop
+    other = Loop(other.state.model, other.state.optimizer, order, resume=tmp_path / "b")
+    built_in(other, loss_fn, *data(), epochs=2)
+    pairs = list(zip(list_checkpoints(tmp_path / "a"), list_checkpoints(tmp_path / "b"), strict=True))
+    assert len(pairs) > 5
+    for a, b in pairs:
+        assert a.name == b.name
+        for file in ("model.pt", "state.pt"):
+            same(torch.load(a / file, weights_only=True), torch.load(b / file, weights_only=True), file)
+
+
+def same(a: Any, b: Any, path: str) -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            same(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def test_model_file_is_plain(tmp_path: Path) -> None:
+    loop = make(tmp_path)
+    built_in(loop, loss_fn, *data(), epochs=1)
+    plain = torch.load(list_checkpoints(tmp_path)[-1] / "model.pt", weights_only=True)
+    fresh = net()
+    fresh.load_state_dict(plain)
+    assert plain.keys() == fresh.state_dict().keys()
+
+
+def test_keep_and_best(tmp_path: Path) -> None:
+    model, values = net(), iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
+    save = Checkpoint(tmp_path, keep=2, best=Goal("score"))
+    loop = Loop(model, adamw(model), [save])
+    steps = []
+    with loop:
+        for _ in loop.epochs(6):
+            for step in loop.steps(loader()):
+                for micro in step:
+                    with micro:
+                        micro.backward(loss_fn)
+                loop.update()
+            steps.append(loop.state.step)
+            loop.report({"score": next(values)})
+    assert save.best is not None
+    assert save.best.name == f"step-{steps[1]:08d}"
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (steps[1], steps[4], steps[5])]
+
+
+def test_every_timedelta_and_the_end(tmp_path: Path) -> None:
+    model = net()
+    loop = Loop(model, adamw(model), [Checkpoint(tmp_path / "a", every=timedelta(microseconds=1), keep=None)])
+    built_in(loop, loss_fn, loader(), steps=3)
+    assert [p.name for p in list_checkpoints(tmp_path / "a")] == [f"step-{s:08d}" for s in (1, 2, 3)]
+    model = net()
+    built_in(Loop(model, adamw(model), [Checkpoint(tmp_path / "b")]), loss_fn, loader(), steps=3)
+    assert [p.name for p in list_checkpoints(tmp_path / "b")] == ["step-00000003"]
+
+
+def test_resume_of_a_finished_run_and_a_longer_one(tmp_path: Path) -> None:
+    short = make(tmp_path)
+    built_in(short, loss_fn, *data(), epochs=2)
+    again = make(tmp_path)
+    built_in(again, loss_fn, *data(), epochs=2)
+    assert again.state.step == short.state.step
+    assert_same_bits(bits(short), bits(again))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    expected = final(built_in, tmp_path / "whole", [])
+    with pytest.raises(Killed):
+        built_in(make(tmp_path / "cut", 9), loss_fn, *data(), epochs=3)
+    newest = list_checkpoints(tmp_path / "cut")[-1]
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:200])
+    with pytest.warns(UserWarning, match=newest.name):
+        found = final(built_in, tmp_path / "cut", [])
+    assert_same_bits(expected[0], found[0])
+    assert (tmp_path / "cut" / f"unreadable-{newest.name}").exists()
+
+
+def test_all_damaged_is_an_error(tmp_path: Path) -> None:
+    built_in(make(tmp_path), loss_fn, *data(), epochs=1)
+    for one in list_checkpoints(tmp_path):
+        (one / "model.pt").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="none is a reason to start afresh"):
+        built_in(make(tmp_path), loss_fn, *data(), epochs=2)
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "canary",))
+
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    torch.save({"format": 1, "evil": Evil()}, folder / "state.pt")
+    torch.save({}, folder / "model.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        built_in(make(folder), loss_fn, *data(), epochs=1)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_half_written_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call of a save is the last, the folder holds whole checkpoints alone."""
+    built_in(make(tmp_path), loss_fn, *data(), steps=2)
+    before = [p.name for p in list_checkpoints(tmp_path)]
+    for call in ("fsync", "rename"):
+        for count in range(4):
+            left = itertools.count()
+            real = getattr(os, call)
+
+            def dying(*args: Any, left: Any = left, count: int = count, real: Any = real) -> Any:
+                if next(left) == count:
+                    raise Killed
+                return real(*args)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, dying)
+                with contextlib.suppress(Killed):
+                    built_in(make(tmp_path, every=3), loss_fn, *data(), steps=3)
+            assert [p.name for p in list_checkpoints(tmp_path)][: len(before)] == before
+            final_loop = make(tmp_path, every=99)
+            built_in(final_loop, loss_fn, *data(), steps=2)
+            for later in list_checkpoints(tmp_path)[len(before) :]:
+                shutil.rmtree(later)
+
+
+def test_callback_state_must_be_plain(tmp_path: Path) -> None:
+    class Odd(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"where": {"path": Path("x")}}
+
+    model = net()
+    loop = Loop(model, adamw(model), [Checkpoint(tmp_path), Odd()])
+    with pytest.raises(TypeError, match=r"\['callbacks'\]\['Odd'\]\['where'\]\['path'\] is a pathlib"):
+        built_in(loop, loss_fn, loader(), epochs=1)
+
+
+def test_resume_refusals(tmp_path: Path) -> None:
+    built_in(make(tmp_path), loss_fn, *data(), steps=3)
+    model = net(seed=5)
+    with pytest.raises(ValueError, match=r"holds the state of .*Warmup.*callbacks has Checkpoint"):
+        built_in(Loop(model, adamw(model), [Checkpoint(tmp_path)], resume=tmp_path), loss_fn, *data(), steps=4)
+    with pytest.raises(ValueError, match=r"beyond this run's step 0"):
+        built_in(Loop(model, adamw(model), [Checkpoint(tmp_path)]), loss_fn, *data(), steps=4)
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        built_in(Loop(model, adamw(model), resume=tmp_path / "step-00000099"), loss_fn, *data(), steps=4)
+    with pytest.raises(ValueError, match=r"50 samples in the data set, not 51"):
+        built_in(make(tmp_path), loss_fn, DataLoader(Samples(51), 8, shuffle=True), data()[1], steps=4)
+    with pytest.raises(ValueError, match=r"8 batch size of the loader, not 9"):
+        built_in(make(tmp_path), loss_fn, DataLoader(Samples(50), 9, shuffle=True), data()[1], steps=4)
+    with pytest.warns(UserWarning, match="no state of Counting"):
+        built_in(make(tmp_path, extra=[Counting()]), loss_fn, *data(), steps=4)
+
+
+class Counting(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 1}
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = net()
+    with pytest.raises(OSError, match="file"):
+        built_in(Loop(model, adamw(model), [Checkpoint(tmp_path / "file" / "x")]), loss_fn, loader(), steps=1)
+
+
+@pytest.mark.parametrize(("kwargs", "says"), [
+    ({"every": 0}, "every must be"), ({"every": -3}, "every must be"), ({"every": True}, "every must be"),
+    ({"every": 1.5}, "whole number"), ({"every": timedelta(0)}, "every must be"), ({"keep": 0}, "keep must be"),
+    ({"keep": True}, "keep must be"),
+])  # fmt: skip
+def test_bad_arguments(kwargs: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        Checkpoint(tmp_path, **kwargs)
+
+
+def test_scaler_is_saved(tmp_path: Path) -> None:
+    def once(kill: int | None) -> Any:
+        model = net()
+        loop = Loop(model, adamw(model), [Checkpoint(tmp_path, every=1), KillAt(kill)], resume=tmp_path,
+                    scaler=torch.amp.GradScaler("cpu", growth_interval=2))  # fmt: skip
+        with contextlib.suppress(Killed):
+            built_in(loop, loss_fn, loader(), steps=5)
+        return loop.state.scaler.get_scale()
+
+    first = once(3)
+    assert once(None) == 4 * 65536.0 != first
+    model = net()
+    with pytest.raises(ValueError, match="made with scaler="):
+        built_in(
+            Loop(model, adamw(model), [Checkpoint(tmp_path), KillAt(None)], resume=tmp_path), loss_fn, loader(), steps=9
+        )
+
+
+def test_no_warning_where_nothing_is_wrong(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built_in(make(tmp_path), loss_fn, *data(), epochs=1)
+        built_in(make(tmp_path), loss_fn, *data(), epochs=2)
