@@ -10,7 +10,8 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from .host import HostCopy
 
@@ -61,6 +62,8 @@ class Events:
     Numbers on a device reach the file without a wait, at a later call. A file that fails is closed with one warning.
     """
 
+    opened: ClassVar[WeakSet[Events]] = WeakSet()
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder, self.step = Path(folder), 0
         self.file: EventFile | None = None
@@ -70,19 +73,23 @@ class Events:
 
     def open(self, step: int) -> None:
         """Hide what other files hold from this step on, and write again what is known to belong to this very step."""
+        if any(other.file is not None and other.folder.absolute() == self.folder.absolute() for other in self.opened):
+            raise ValueError(f"folder {str(self.folder)!r} is written by another TensorBoard now; give each its own")
         known = self.step == step  # else nothing of this step is, so what stands there stays
         kept = self._kept if self._kept_step == step and known else {}
         try:
             self.file = EventFile(self.folder.absolute(), step + (not known))
         except OSError as error:
             raise OSError(f"TensorBoard can't write to folder={str(self.folder)!r}, give another: {error}") from error
+        self.opened.add(self)
         self.step, self._kept, self._kept_step = step, {}, step
         for tag, (value, when) in kept.items():
             self.write(step, when, {tag: value})
 
-    def put(self, values: Mapping[str, Any]) -> None:
-        """Take numbers and 0-d tensors at the present step, as they are now; the rest is left out."""
-        self.host.put((self.step, time.time()), values)
+    def put(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take numbers and 0-d tensors as they are now, and leave out the rest."""
+        self.step = step
+        self.host.put((step, time.time()), values)
         self.drain()
 
     def drain(self, all: bool = False) -> None:

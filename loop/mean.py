@@ -34,9 +34,12 @@ class Mean:
         stack = stack.to(torch.float32 if stack.device.type == "mps" else torch.float64)
         if any(isinstance(weight, Tensor) for weight in self.weights):
             weights = torch.stack([torch.as_tensor(w, device=stack.device) for w in self.weights]).to(stack.dtype)
-            return self.total + (stack * weights).sum(), self.weight + weights.sum()
-        scaled = torch._foreach_mul(list(stack.unbind()), self.weights)  # weights travel as arguments, not as a copy
-        return self.total + torch.stack(scaled).sum(), self.weight + sum(self.weights)
+        else:
+            weights = torch.tensor(self.weights, dtype=stack.dtype)
+            if stack.device.type == "cuda":
+                weights = weights.pin_memory().to(stack.device, non_blocking=True)  # a plain copy would wait
+        weights = weights.to(stack.device)
+        return self.total + (stack * weights).sum(), self.weight + weights.sum()
 
     def value(self) -> Any:
         """Return the mean so far (NaN of nothing), a tensor on the values' device."""

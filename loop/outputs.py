@@ -51,7 +51,7 @@ def weight_of(loop: Life, chunk: Chunk) -> float | Tensor:
         if weight.device.type != "cpu":
             return weight.detach()
         weight = weight.tolist()
-    if not isinstance(weight, numbers.Real) or not 0 <= weight < float("inf"):
+    if not isinstance(weight, numbers.Real) or not 0 <= float(weight) < float("inf"):
         raise ValueError(f"weigh must return a finite number that is at least 0, not {weight!r}")
     return float(weight)
 

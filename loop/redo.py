@@ -39,5 +39,6 @@ class Snapshot:
                                    "change a copy of it instead") from error  # fmt: skip
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(kept)
+        self.kept = []  # which buffers change is told by a whole step only
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)

@@ -1,0 +1,145 @@
+"""Metrics: torchmetrics over validation and training, equal to what torchmetrics gives by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+
+from hookloop.callbacks import Checkpoint, GradientAccumulation, Metrics, MicroBatch, Seed
+from hookloop.loop import Callback, Loop, State
+
+
+def two() -> dict[str, Any]:
+    return {"acc": MulticlassAccuracy(3), "auroc": MulticlassAUROC(3)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [None, 5])
+def test_validation_equals_torchmetrics_on_the_whole_set(form: Any, size: int | None) -> None:
+    model = net()
+    callbacks = [Metrics(two()), *([MicroBatch(size)] if size else [])]
+    state = form(Loop(model, adamw(model), callbacks), loss_fn, loader(), loader(40, 16), epochs=2)
+    model.eval()
+    data = Samples(40)
+    for name, metric in two().items():
+        with torch.no_grad():
+            assert state.metrics[f"val_{name}"] == pytest.approx(float(metric(model(data.x), data.y)), rel=1e-6)
+
+
+@pytest.mark.parametrize("given", [
+    MulticlassAccuracy(3), {"accuracy_of": MulticlassAccuracy(3)},
+    MetricCollection({"accuracy_of": MulticlassAccuracy(3), "f1": MulticlassF1Score(3)}),
+])  # fmt: skip
+def test_forms_of_the_argument(given: Any) -> None:
+    model = net()
+    state = built_in(
+        Loop(model, adamw(model), [Metrics(given)]), plain, loader(), {"a": loader(), "b": loader(9)}, epochs=1
+    )
+    name = "accuracy" if isinstance(given, MulticlassAccuracy) else "accuracy_of"
+    assert {f"val_a_{name}", f"val_b_{name}"} <= state.metrics.keys()
+    assert state.metrics[f"val_a_{name}"] != state.metrics[f"val_b_{name}"]
+
+
+def plain(model: Any, batch: Any) -> Any:
+    found = loss_fn(model, batch)
+    return {k: found[k] for k in ("loss", "preds", "target")}
+
+
+class Keep(Callback):
+    """What training's outputs were, in the epoch."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Any] = []
+        self.expected: list[float] = []
+
+    def on_micro_end(self, state: State) -> None:
+        if state.micro.training:
+            self.pairs.append((state.micro.outputs["preds"], state.micro.outputs["target"]))
+
+    def on_epoch_end(self, state: State) -> None:
+        preds, target = (torch.cat(part) for part in zip(*self.pairs, strict=True))
+        self.expected.append(float(MulticlassAccuracy(3)(preds, target)))
+        self.pairs = []
+
+
+def test_training_is_of_the_epoch() -> None:
+    model, keep, reported = net(), Keep(), []
+
+    class Reported(Callback):
+        def on_epoch_end(self, state: State) -> None:
+            reported.append(state.metrics["train_acc"])
+
+    callbacks = [Reported(), Metrics(two(), training=True), keep, GradientAccumulation(2)]
+    built_in(Loop(model, adamw(model), callbacks), loss_fn, loader(), loader(), epochs=3)
+    assert reported == pytest.approx(keep.expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_watcher_reads_it_whatever_the_order(order: int) -> None:
+    from hookloop.callbacks import EarlyStopping
+
+    model = net()
+    callbacks = [Metrics(two()), EarlyStopping("val_auroc", mode="max", patience=99)][::order]
+    state = built_in(Loop(model, adamw(model), callbacks), loss_fn, loader(), loader(), epochs=2)
+    assert callbacks[::order][1].tracker.best >= state.metrics["val_auroc"]
+
+
+def test_watching_is_free_and_a_redo_is_not_counted_twice() -> None:
+    def run(watch: list[Callback]) -> Any:
+        failed = []
+
+        def loss(model: Any, batch: Any) -> Any:
+            if model.training and len(batch[0]) > 3:
+                failed.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss_fn(model, batch)
+
+        seed, model = Seed(1), net(seed=1)
+        loop = Loop(model, adamw(model), [*watch, seed, MicroBatch("auto"), GradientAccumulation(2)])
+        state = built_in(loop, loss, loader(48), loader(), epochs=1)
+        assert failed
+        return bits(loop), state
+
+    keep = Keep()
+    watched, state = run([Metrics(two(), training=True)])
+    assert_same_bits(watched, run([])[0])
+    assert 0 <= state.metrics["train_acc"] <= 1
+    metric = Metrics(two(), training=True)
+    run([metric, keep])
+    assert int(metric.training["acc"].update_count) == 0  # reset at the epoch's end
+
+
+def test_training_metric_survives_a_resume(tmp_path: Path) -> None:
+    def run(folder: Path, *ends: int) -> Any:
+        for end in ends:
+            seed, model = Seed(1), net(seed=1)
+            callbacks = [seed, Metrics(two(), training=True), Checkpoint(folder)]
+            state = built_in(
+                Loop(model, adamw(model), callbacks, resume=folder), loss_fn, loader(), loader(), steps=end
+            )
+        return state.metrics["train_acc"], state.metrics["train_auroc"]
+
+    assert run(tmp_path / "a", 7) == run(tmp_path / "b", 2, 5, 7)
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match=r"must be a torchmetrics\.Metric, not int"):
+        Metrics({"acc": 3})
+    with pytest.raises(TypeError, match="metrics must be a Metric"):
+        Metrics([MulticlassAccuracy(3)])
+    with pytest.raises(TypeError, match="metrics must be a Metric"):
+        Metrics({})
+    model = net()
+    loop = Loop(model, adamw(model), [Metrics(two())])
+    with pytest.raises(KeyError, match="Metrics needs loss_fn to return 'preds' and 'target'"):
+        built_in(loop, lambda m, b: loss_fn(m, b)["loss"], loader(), loader(), epochs=1)
+    model = net()
+    loop = Loop(model, adamw(model), [Metrics({"each": MulticlassAccuracy(3, average=None)})])
+    with pytest.raises(TypeError, match=r"'val_each' must be one number, not Tensor of shape \(3,\)"):
+        built_in(loop, loss_fn, loader(), loader(), epochs=1)
