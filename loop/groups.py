@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter as lazy
 
 
 def fold(names: list[str]) -> str:
@@ -19,7 +19,7 @@ def describe(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[d
     """Return one row a parameter group, its names folded; reading a rate that lies on a device waits for it."""
     names, groups = {p: name for name, p in model.named_parameters()}, optimizer.param_groups
     return [{"group": i, "lr": float(g["lr"]), "weight_decay": g.get("weight_decay"), "tensors": len(g["params"]),
-             "parameters": sum(0 if is_lazy(p) else p.numel() for p in g["params"]),
+             "parameters": sum(0 if isinstance(p, lazy) else p.numel() for p in g["params"]),
              "names": fold([names.get(p, "(not in the model)") for p in g["params"]])}
             for i, g in enumerate(groups)]  # fmt: skip
 

@@ -71,7 +71,7 @@ def test_rates_follow(scale: Any, factors: list[float]) -> None:
 
 
 def test_grows_when_a_metric_stops_improving(tmp_path: Path) -> None:
-    values = [5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.5, 3.5]
+    values = [5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.5]
 
     class Report(Callback):
         def on_micro_end(self, state: State) -> None:
@@ -87,7 +87,7 @@ def test_grows_when_a_metric_stops_improving(tmp_path: Path) -> None:
         return loop, state, sizes
 
     loop, state, sizes = run(tmp_path / "a", 8)
-    assert [max(n for e, _, n in sizes.rows if e == epoch) for epoch in range(8)] == [4, 4, 4, 4, 8, 16, 16, 16]
+    assert [max(n for e, _, n in sizes.rows if e == epoch) for epoch in range(8)] == [4, 4, 4, 4, 8, 8, 16, 16]
     assert state.total_steps is None
     assert_same_bits(bits(loop), bits(run(tmp_path / "b", 1, 3, 4, 5, 8)[0]))
 
