@@ -7,8 +7,12 @@ from .early_stopping import EarlyStopping
 from .gradient_accumulation import GradientAccumulation
 from .metrics import Metrics
 from .micro_batch import MicroBatch
+from .progress import Progress
+from .schedule import Schedule
 from .seed import Seed
+from .tensorboard import TensorBoard
 from .warmup import Warmup
+from .weight_decay import WeightDecay
 
 __all__ = [
     "Checkpoint",
@@ -18,6 +22,10 @@ __all__ = [
     "GradientAccumulation",
     "Metrics",
     "MicroBatch",
+    "Progress",
+    "Schedule",
     "Seed",
+    "TensorBoard",
     "Warmup",
+    "WeightDecay",
 ]

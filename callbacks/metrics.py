@@ -35,6 +35,7 @@ class Metrics(Callback):
             raise TypeError(f"metrics must be a Metric, a MetricCollection or names to Metrics, not {metrics!r}")
         self.validation: dict[str, Any] = {name: metric.clone() for name, metric in named.items()}
         self.training: dict[str, Any] = {name: metric.clone() for name, metric in named.items()} if training else {}
+        self.optional = () if training else ("on_step_end", "on_epoch_end")
         self._seen: list[tuple[Any, Any]] = []
 
     def on_setup(self, state: State) -> None:

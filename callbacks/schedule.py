@@ -1,0 +1,126 @@
+"""Schedule: the rates follow a scheduler of torch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..loop.callback import Callback
+from ..loop.goal import Goal
+from ..loop.state import Group, State
+from ..loop.store import plain
+
+Build = Callable[[Optimizer, int | None], LRScheduler]
+
+
+def reduced(value: Any) -> Any:
+    """Return a copy without the entries of dicts that are no plain data: functions and counters stay as built."""
+    if type(value) is dict:
+        return {k: r for k, v in value.items() if plain(r := reduced(v))}
+    if type(value) in (list, tuple):
+        return type(value)(map(reduced, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def put(group: Group, settings: Group) -> None:
+    """Write settings into a group; a tensor is filled in place, since a captured step reads it."""
+    for name, value in settings.items():
+        if isinstance(group.get(name), Tensor):
+            group[name].copy_(value)
+        else:
+            group[name] = value
+
+
+class Schedule(Callback):
+    """Steps a torch scheduler after each applied update, at each epoch's end, or with a metric that it watches.
+
+    `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called once at the
+    start, when groups are split and the length is known (else None). `on`: "step", "epoch", or for ReduceLROnPlateau
+    and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other factors don't disturb
+    it, since each update puts the rates back. Raises TypeError or ValueError for what doesn't fit together.
+    """
+
+    owns = ("optimizer's rates",)
+
+    def __init__(self, scheduler: LRScheduler | Build, on: str | Goal = "step") -> None:
+        built = isinstance(scheduler, LRScheduler)
+        if not built and (inspect.isclass(scheduler) or not callable(scheduler)):
+            raise TypeError("scheduler must be a torch scheduler, or a function such as lambda optimizer, total_steps: "
+                            f"CosineAnnealingLR(optimizer, total_steps), not {scheduler!r}")  # fmt: skip
+        if not isinstance(on, str | Goal):
+            raise TypeError(f"on must be 'step', 'epoch', a metric's name or a Goal, not {on!r}")
+        self.on = on if on in ("step", "epoch") else Goal.of(on)
+        if isinstance(self.on, Goal) and self.on != Goal(self.on.metric, self.on.mode):
+            raise ValueError(f"on={on!r}: give metric and mode only; ReduceLROnPlateau has its own patience, threshold")
+        # the one hook that `on` asks for, so that the others cost nothing and are not missed
+        setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
+        self._function: Any = None if built else scheduler
+        self.scheduler: Any = self._checked(scheduler) if built else None
+        self._saved: dict[str, Any] = {}
+        self._first: dict[Tensor, Any] = {}
+        self._length_known = True
+
+    def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
+        kind, mode = type(scheduler).__name__, getattr(self.on, "mode", None)
+        if optimizer is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+            raise ValueError(f"scheduler gives a {kind} of another optimizer; build it on the Loop's own")
+        if mode != (scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else None):
+            raise ValueError(f"on={self.on!r} doesn't fit {kind}: a ReduceLROnPlateau takes a metric's name or Goal, of the "
+                             "same mode as its own, and every other scheduler 'step' or 'epoch'")  # fmt: skip
+        return scheduler
+
+    def _told(self, act: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return act(*args)
+        except (TypeError, ValueError) as error:
+            if self._length_known:
+                raise
+            raise ValueError(f"the scheduler met total_steps=None ({error}): give steps= to fit or epochs, or a number "
+                             "in the function") from error  # fmt: skip
+
+    def _step(self, state: State) -> None:
+        metric = [self.on.read(state, "Schedule")] if isinstance(self.on, Goal) else []
+        self._told(self.scheduler.step, *metric)
+
+    def on_setup(self, state: State) -> None:
+        """Keep the rates from before a restore, to build the scheduler on."""
+        if self.scheduler is not None:
+            self._checked(self.scheduler, state.optimizer)
+        self._first = {p: reduced(g["lr"]) for g in state.optimizer.param_groups for p in g["params"]}
+
+    def on_fit_start(self, state: State) -> None:
+        """Build the scheduler, once, and continue where a saved one stood."""
+        if self.scheduler is not None:
+            return
+        groups, self._length_known = state.optimizer.param_groups, state.total_steps is not None
+        restored = [reduced({k: v for k, v in g.items() if k != "params"}) for g in groups] if self._saved else []
+        for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
+            put(group, {"lr": self._first.get(group["params"][0], group["lr"])})
+        built = self._told(self._function, state.optimizer, state.total_steps)
+        self.scheduler = self._checked(built, state.optimizer)
+        if self._saved:
+            self.load_state_dict(self._saved)
+        for group, settings in zip(groups, restored, strict=False):
+            put(group, settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scheduler's state, as far as it is plain data."""
+        if self.scheduler is None:
+            return self._saved
+        return {"kind": type(self.scheduler).__name__, "state": reduced(self.scheduler.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back, once there is a scheduler; raises ValueError for another kind of scheduler."""
+        self._saved = state
+        if self.scheduler is not None:
+            if state["kind"] != (kind := type(self.scheduler).__name__):
+                raise ValueError(f"the checkpoint holds a {state['kind']}, scheduler is a {kind}; give the same one")
+            self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
+            # torch warns of a step before any update, and those before the restore count
+            self.scheduler.optimizer._opt_called = True

@@ -1,0 +1,126 @@
+"""TensorBoard: what training did, as curves to look at while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any
+
+import torch
+
+from ..loop.callback import Callback
+from ..loop.events import Events
+from ..loop.groups import as_text, describe
+from ..loop.state import State
+
+
+class TensorBoard(Callback):
+    """Writes TensorBoard curves at the first and every `every`-th applied update and at each report, over `state.step`.
+
+    Tags: `train/<name>` (the loss, and every other number of a step), `rate/group<i>` (what the update used),
+    `decay/group<i>`, `batch/size`, `batch/micro_size`, `batch/accumulate`, `batch/grad_norm` (`grad_norm=True`),
+    `speed/samples_per_s` (since the last such point or report), `memory/device_gib` (peak) or `memory/process_gib`,
+    `progress/epoch`, `progress/samples`, `progress/skipped`, `val/<name>` for a reported `val_<name>`, `report/<name>`
+    for any other; `parameter_groups`, a table; the HParams page: the optimizer's settings, batch size, accumulation,
+    seed and your `settings`. A resumed run hides what a killed one wrote beyond it. Rank 0 writes. Raises ValueError
+    for bad settings, OSError at the start for a folder that can't be written; what fails later is one warning.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int = 50, grad_norm: bool = False,
+                 settings: dict[str, Any] | None = None) -> None:  # fmt: skip
+        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder) or "://" in str(folder):
+            raise ValueError(f"folder must be the path of a local folder, such as 'runs/a', not {folder!r}")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every must be a whole number of updates, at least 1, not {every!r}")
+        if not isinstance(grad_norm, bool):
+            raise ValueError(f"grad_norm must be True or False, not {grad_norm!r}")
+        for name, value in (settings or {}).items():
+            if not isinstance(value, int | float | str):
+                raise ValueError(f"settings[{name!r}] must be a number, a string or a bool, not {value!r}")
+        self.every, self.grad_norm, self.settings = every, grad_norm, dict(settings or {})
+        self._events, self._mark = Events(folder), (0, 0, 0.0)
+        self._trained, self._reported = set[str](), dict[str, str]()
+
+    def on_fit_start(self, state: State) -> None:
+        """Open a file that goes on from this step; at a run's first, with the table of parameter groups."""
+        if state.rank == 0:
+            self._events.open(state.step)
+            self._mark = (state.step, state.samples, time.perf_counter())
+            self._reported |= self._reports(state)
+            if state.step == 0:
+                self._events.text("parameter_groups", as_text(describe(state.optimizer, state.model)))
+
+    def on_before_optimizer_step(self, state: State) -> None:
+        """Have the norm computed for an update that will be logged."""
+        if self.grad_norm and self._due(state.step + 1):
+            _ = state.grad_norm
+
+    def on_step_end(self, state: State) -> None:
+        """Log what is due, write what has arrived."""
+        self._events.step = state.step
+        if self._due(state.step):
+            self._log(state)
+        elif self._events.host.pending:
+            self._events.drain()
+
+    def _due(self, step: int) -> bool:
+        return (step % self.every == 0 or step == 1) and self._events.file is not None
+
+    def _log(self, state: State) -> None:
+        groups, (step, samples, since), now = state.optimizer.param_groups, self._mark, time.perf_counter()
+        given = {k: v for k, v in state.metrics.items() if k not in self._reported and not k.startswith("val_")}
+        self._trained |= given.keys()
+        used, self._mark = state.samples - samples, (state.step, state.samples, now)
+        seen = used / max(1, state.step - step) / state.accumulate if used else None  # around a loop of your own
+        size = state.batch_size or getattr(state.loader, "batch_size", None) or seen
+        self._events.put(state.step, {
+            **{f"train/{name}": value for name, value in given.items()},
+            **{f"rate/group{i}": rate for i, rate in enumerate(state.rates or [g["lr"] for g in groups])},
+            **{f"decay/group{i}": group.get("weight_decay") for i, group in enumerate(groups)},
+            "batch/size": size, "batch/micro_size": state.micro_batch_size or size,
+            "batch/accumulate": state.accumulate, "batch/grad_norm": state.grad_norm if self.grad_norm else None,
+            "speed/samples_per_s": used / (now - since) if used else None, **memory(state.device),
+            "progress/epoch": state.epoch, "progress/samples": state.samples, "progress/skipped": state.skipped,
+        })  # fmt: skip
+
+    def on_validation_end(self, state: State) -> None:
+        """Log what was reported."""
+        if self._events.file is not None:
+            self._reported |= (found := self._reports(state))
+            self._events.put(state.step, {tag: state.metrics[name] for name, tag in found.items()})
+            self._events.drain(all=True)
+            self._mark = (state.step, state.samples, time.perf_counter())
+
+    def _reports(self, state: State) -> dict[str, str]:
+        """Return name -> tag of what the last report left in `state.metrics`: floats that no step gave."""
+        names = [name for name, value in state.metrics.items() if type(value) is float and name not in self._trained]
+        return {name: f"val/{name[4:]}" if name.startswith("val_") else f"report/{name}" for name in names}
+
+    def on_fit_end(self, state: State) -> None:
+        """Write what is pending, and the settings for the HParams page beside the last values of what was reported."""
+        size = state.batch_size or getattr(state.loader, "batch_size", None)
+        found = {**getattr(state.optimizer, "defaults", {}), "optimizer": type(state.optimizer).__name__,
+                 "batch_size": size, "accumulate": state.accumulate, "seed": state.seed, **self.settings}  # fmt: skip
+        with contextlib.closing(self._events):
+            self._events.drain(all=True)
+            self._events.hparams(found, self._reported.values() or ["train/loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return, once all that is pending is on the disk, what a file that continues this one needs."""
+        state = self._events.state_dict()
+        return {**state, "trained": sorted(self._trained)} if state["step"] or state["kept"] else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+        self._trained = set(state["trained"])
+        self._events.load_state_dict(state)
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Return GiB: an accelerator's peak, else what this process holds; the host counts both, so nothing waits."""
+    if peak := getattr(getattr(torch, device.type, None), "max_memory_allocated", None):
+        return {"memory/device_gib": peak(device) / 2**30}
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # Linux has it
+        return {"memory/process_gib": int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30}
+    return {}
