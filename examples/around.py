@@ -31,7 +31,7 @@ def main() -> None:
     train, val = data()
     clock = Clock()
     loop = Loop(model, optimizer, [
-        seed, WeightDecay(default=0.01), Warmup(20), ClipGradients(1.0),
+        seed, WeightDecay({torch.nn.Linear: 0.05}, default=0.01), Warmup(20), ClipGradients(1.0),
         Schedule(lambda optimizer, total: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * len(train))),
         Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}), EarlyStopping("val_loss", patience=5),
         TensorBoard(folder, every=10), Progress(), clock,

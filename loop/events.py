@@ -86,11 +86,11 @@ class Events:
         for tag, (value, when) in kept.items():
             self.write(step, when, {tag: value})
 
-    def put(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take numbers and 0-d tensors as they are now, and leave out the rest."""
+    def put(self, step: int, values: Mapping[str, Any], all: bool = False) -> None:
+        """Take numbers and 0-d tensors as they are now, and leave out the rest; `all` waits until they are written."""
         self.step = step
         self.host.put((step, time.time()), values)
-        self.drain()
+        self.drain(all)
 
     def drain(self, all: bool = False) -> None:
         """Write what has arrived from the device; `all` waits for the rest."""
@@ -113,7 +113,10 @@ class Events:
         self.write(self.step, time.time(), {}, [summary(tag, text)])
 
     def hparams(self, settings: Mapping[str, Any], tags: Iterable[str]) -> None:
-        """Write the HParams page's row: those settings that it can show, and the last values under these tags."""
+        """Write, after all that is pending, the HParams page's row: settings, and these tags' last values."""
+        self.drain(all=True)
+        if self.file is None:
+            return
         from torch.utils.tensorboard.summary import hparams
 
         shown = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}

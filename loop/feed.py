@@ -161,8 +161,9 @@ class Feed:
 
     def gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
         """Return the batches of one update: joined where they can be, else their parts; fewer at the epoch's end."""
-        if batch_size is None and accumulate == 1:
-            return self._take(None)
+        if batch_size is None and accumulate == 1 and self.left is not None:
+            only, self.left = [self.left], None
+            return only
         found: list[Chunk] = []
         for _ in range(accumulate):
             parts = self._take(batch_size)

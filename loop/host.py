@@ -6,7 +6,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class HostCopy:
@@ -17,14 +16,15 @@ class HostCopy:
 
     def put(self, about: Any, values: Mapping[str, Any]) -> None:
         """Capture each number and real 0-d tensor in `values` as it is now, and leave out the rest; `about` is kept."""
-        found: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, Real)}
-        events = []
+        found, events = dict[str, Any](), list[torch.Event]()
         for name, value in values.items():
-            if isinstance(value, Tensor) and not value.dim() and not value.is_complex():
-                wait_free = value.device.type in ("cuda", "xpu")
-                host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=wait_free)
-                found[name] = host.copy_(value.detach(), non_blocking=wait_free)
-                if wait_free:
+            if isinstance(value, Real):
+                found[name] = value
+            elif isinstance(value, torch.Tensor) and not value.dim() and not value.is_complex():
+                pinned = value.device.type in ("cuda", "xpu")
+                host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=pinned)
+                found[name] = host.copy_(value.detach(), non_blocking=pinned)
+                if pinned:
                     events.append(torch.Event(value.device.type))
                     events[-1].record(torch.accelerator.current_stream(value.device))
         self.pending.append((about, found, events))

@@ -189,10 +189,9 @@ class Life:
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run."""
-        if self.state._saves:
-            reasons, self.state._saves = sorted(set(self.state._saves)), []
-            for write in self.state.writers:
-                write(self.state, reasons, lambda: capture(self))
+        reasons, self.state._saves = sorted(set(self.state._saves)), []
+        for write in self.state.writers if reasons else ():
+            write(self.state, reasons, lambda: capture(self))
             self._saved_at = self.state.step
 
     def _check_closed(self) -> None:

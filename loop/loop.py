@@ -81,11 +81,14 @@ class Loop(Life):
         state, feed, self._phase = self.state, self.feed, "inside"
         try:
             while not self.stopped and feed.more():
-                self._run("on_step_start")
-                self._flush()
-                self._step = Step(self, feed.gather(state.batch_size, state.accumulate))
-                yield self._step
-                self._check_closed()
+                if self.hooks["on_step_start"]:
+                    self._run("on_step_start")
+                if state._saves:
+                    self._flush()
+                self._step = step = Step(self, feed.gather(state.batch_size, state.accumulate))
+                yield step
+                if not step.updated:
+                    self._check_closed()
             self._phase = "left" if feed.more() else "exhausted"
         except GeneratorExit:
             ended = self._step is not None and self._step.updated and not self.stopped
@@ -176,7 +179,8 @@ class Loop(Life):
                 state.skip("the scaler found gradients that are not finite")
         if state._skip is None:
             state._grad_norm, state._grads_open = None, True
-            self._run("on_before_optimizer_step")
+            if self.hooks["on_before_optimizer_step"]:
+                self._run("on_before_optimizer_step")
         if state._skip is not None:
             state.drop_factors()
             return False
@@ -191,8 +195,10 @@ class Loop(Life):
         state.metrics.update(metrics)
         if "loss" in metrics:
             self.train_loss.add(metrics["loss"], weight)
-        self._run("on_step_end")
-        self._flush()
+        if self.hooks["on_step_end"]:
+            self._run("on_step_end")
+        if state._saves:
+            self._flush()
 
     def _count_skipped(self, samples: int) -> None:
         state = self.state

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def checked(outputs: Any, training: bool = True) -> dict[str, Any]:
     """Return what `loss_fn` gave as a dict with "loss"; raises TypeError or ValueError where that is no mean loss."""
     if isinstance(outputs, Tensor):
+        if not outputs.dim() and outputs.requires_grad and outputs.is_floating_point():
+            return {"loss": outputs}
         found = {"loss": outputs}
     else:
         if not isinstance(outputs, Mapping):

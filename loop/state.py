@@ -159,7 +159,9 @@ class State:
 
     def restore_rates(self, before: list[Any] | None) -> None:
         """Put the rates back, so that whatever scheduler the user has never meets a factor."""
-        for group, rate in zip(self.optimizer.param_groups, before or (), strict=False):
+        if before is None:
+            return
+        for group, rate in zip(self.optimizer.param_groups, before, strict=True):
             if isinstance(rate, Tensor):
                 group["lr"].copy_(rate)
             else:

@@ -1,0 +1,34 @@
+"""check_mean tells a mean over samples from a loss whose samples see each other, and trains nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Samples, adamw, assert_same_bits, bits, loss_fn, net
+from torch import nn
+
+from hookloop.loop import Loop
+from hookloop.loop.study import check_mean
+
+
+def contrastive(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    a = nn.functional.normalize(model(batch[0]), dim=1)
+    return nn.functional.cross_entropy(a @ a.T, torch.arange(len(a)))
+
+
+def summed(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def test_tells_means_from_others_and_changes_nothing() -> None:
+    model, data = net(), Samples(33)
+    loop = Loop(model, adamw(model))
+    before, stream = bits(loop), torch.random.get_rng_state()
+    assert check_mean(loop, loss_fn, (data.x, data.y)) < 1e-6
+    for loss in (contrastive, summed):
+        with pytest.raises(ValueError, match="no mean over samples"):
+            check_mean(loop, loss, (data.x, data.y))
+    assert_same_bits(before, bits(loop))
+    assert torch.equal(stream, torch.random.get_rng_state())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())

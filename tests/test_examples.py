@@ -1,0 +1,149 @@
+"""The examples as a user runs them: real processes, real files, one of them interrupted, one from the wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hookloop.callbacks import ClipGradients, EarlyStopping, Seed, TensorBoard, Warmup
+from hookloop.loop import Loop
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(
+    example: str, folder: Path, *more: str, python: str = sys.executable, cwd: Path = ROOT
+) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
+    command = [python, str(ROOT / "examples" / example), "--folder", str(folder), *more]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def table(process: subprocess.Popen[str]) -> dict[str, str]:
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, err
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines() if re.search(r"\s{2,}", line))
+
+
+def tags(folder: Path) -> set[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return set(reader.Tags()["scalars"])
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("digits")
+    return {"folder": folder, "table": table(start("digits.py", folder))}
+
+
+def test_digits_is_above_98_percent(digits: Any) -> None:
+    assert float(digits["table"]["validation accuracy"].rstrip("%")) > 98
+    assert {"stopped because", "epochs / updates", "samples per second"} <= digits["table"].keys()
+    assert digits["table"]["look at it with"] == f"tensorboard --logdir {digits['folder']}"
+
+
+def test_digits_again_in_an_empty_folder_and_with_another_seed(digits: Any, tmp_path: Path) -> None:
+    same, other = start("digits.py", tmp_path / "a"), start("digits.py", tmp_path / "b", "--seed", "1")
+    assert table(same)["fingerprint"] == digits["table"]["fingerprint"]
+    assert table(other)["fingerprint"] != digits["table"]["fingerprint"]
+
+
+def test_by_hand_ends_with_the_same_fingerprint(digits: Any, tmp_path: Path) -> None:
+    assert table(start("by_hand.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
+
+
+@pytest.mark.parametrize("after", ["step-00000060", "step-00000220"])
+def test_digits_stopped_with_ctrl_c_and_started_again(digits: Any, tmp_path: Path, after: str) -> None:
+    first = start("digits.py", tmp_path)
+    while first.poll() is None and not (tmp_path / after).exists():
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in first.communicate(timeout=60)[1]
+    assert table(start("digits.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
+    assert tags(tmp_path) == tags(digits["folder"])
+
+
+def test_around_is_above_98_percent_with_the_same_tags(digits: Any, tmp_path: Path) -> None:
+    assert float(table(start("around.py", tmp_path))["validation accuracy"].rstrip("%")) > 98
+    assert tags(tmp_path) == tags(digits["folder"])
+
+
+def test_two_loops_in_one_body(tmp_path: Path) -> None:
+    """A small GAN: two optimizers, two Loops, each with callbacks of its own; it learns the mean of what it sees."""
+    seed = Seed(0)
+    generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    critic = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 1))
+    g_adam = torch.optim.Adam(generator.parameters(), lr=5e-3, betas=(0.5, 0.9))
+    c_adam = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.5, 0.9))
+    g_loop = Loop(generator, g_adam, [seed, Warmup(20), ClipGradients(1.0), TensorBoard(tmp_path / "g", every=10)])
+    c_loop = Loop(
+        critic, c_adam, [Warmup(10), TensorBoard(tmp_path / "c", every=10), EarlyStopping("gap", patience=99)]
+    )
+    bce = nn.functional.binary_cross_entropy_with_logits
+    ones, zeros = torch.ones(64, 1), torch.zeros(64, 1)
+    with g_loop, c_loop:
+        for _ in range(300):
+            real, noise = torch.randn(64, 1) * 0.5 + 3, torch.randn(64, 4)
+            loss = bce(critic(real), ones) + bce(critic(generator(noise).detach()), zeros)
+            c_adam.zero_grad()
+            loss.backward()
+            with c_loop.updating(loss=loss.detach(), samples=64):
+                c_adam.step()
+            loss = bce(critic(generator(noise)), ones)
+            g_adam.zero_grad()
+            loss.backward()
+            with g_loop.updating(loss=loss.detach(), samples=64):
+                g_adam.step()
+        c_loop.report({"gap": generator(torch.randn(999, 4)).detach().mean() - 3})
+    assert abs(c_loop.state.metrics["gap"]) < 1
+    assert g_loop.state.step == c_loop.state.step == 300
+    assert g_loop.state.rates == c_loop.state.rates == [5e-3]
+    assert tags(tmp_path / "g") >= {"train/loss", "rate/group0", "speed/samples_per_s"} <= tags(tmp_path / "c")
+
+
+def test_the_wheel_holds_every_file_and_runs_the_example(digits: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("tests"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hookloop/")}
+    files = [
+        *ROOT.glob("loop/**/*.py"),
+        *ROOT.glob("callbacks/*.py"),
+        ROOT / "loop/py.typed",
+        ROOT / "callbacks/py.typed",
+    ]
+    assert held == {f"hookloop/{file.relative_to(ROOT).as_posix()}" for file in files}
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    fresh = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(fresh)
+    here = Path(torch.__file__).parents[1]  # what hookloop needs, but no hookloop: a path in a .pth runs no other .pth
+    (fresh / "dependencies.pth").write_text(f"{here}\n")
+    python = str(tmp_path / "venv/bin/python")
+    where = subprocess.run([python, "-c", "import hookloop.loop; print(hookloop.loop.__file__)"], cwd=tmp_path,
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(tmp_path / "venv")
+    found = table(start("digits.py", tmp_path / "run", python=python, cwd=tmp_path))
+    assert found["fingerprint"] == digits["table"]["fingerprint"]
