@@ -140,9 +140,7 @@ def main() -> None:
             added = {k: best[k, 1] - best[k, 0] for k in runs}
             micro = (added[4] - added[1]) / 3
             low, middle, high = (statistics.quantiles(paired, n=10)[i] for i in (0, 4, 8))
-            print(
-                f"| {name} | {added[1] - micro:.1f} | {micro:.1f} | {low:.1f} / {middle:.1f} / {high:.1f} |", flush=True
-            )
+            print(f"| {name} | {added[1] - micro:.1f} | {micro:.1f} | {low:.1f} / {middle:.1f} / {high:.1f} |", flush=True)
             for _, run in runs.values():
                 run.close()  # type: ignore[attr-defined]
 

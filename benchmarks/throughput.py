@@ -103,9 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hand_written(5, device), ours(5, device)
-    pairs = [
-        (hand_written(arguments.steps, device), ours(arguments.steps, device)) for _ in range(arguments.repetitions)
-    ]
+    pairs = [(hand_written(arguments.steps, device), ours(arguments.steps, device)) for _ in range(arguments.repetitions)]
     ratios = sorted(b / a for a, b in pairs)
     print(machine())
     print(f"MLP 4x{FEATURES}, batch {BATCH}, accumulation {ACCUMULATE}, on {device}, {arguments.repetitions} pairs")

@@ -26,9 +26,7 @@ class EarlyStopping(Callback):
     def __init__(self, metric: str | Goal = "val_loss", patience: int = 3, min_delta: float = 0.0, mode: str = "min",
                  relative: bool = False, min_epochs: int = 0, restore_best: bool = False, nan: str = "stop") -> None:  # fmt: skip
         if isinstance(metric, Goal) and (patience, min_delta, mode, relative) != (3, 0.0, "min", False):
-            raise ValueError(
-                "metric is a Goal, which says patience, min_delta, mode and relative itself; give them there"
-            )
+            raise ValueError("metric is a Goal, which says patience, min_delta, mode and relative itself; give them there")
         goal = metric if isinstance(metric, Goal) else Goal(metric, mode, patience, min_delta, relative)
         if not isinstance(min_epochs, int) or isinstance(min_epochs, bool) or min_epochs < 0:
             raise ValueError(f"min_epochs must be a whole number of epochs, at least 0, not {min_epochs!r}")
@@ -89,6 +87,4 @@ class EarlyStopping(Callback):
 
 def copy_of(model: torch.nn.Module) -> dict[str, Any]:
     """Return a copy of weights and buffers in host memory."""
-    return {
-        k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()
-    }
+    return {k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}

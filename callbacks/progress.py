@@ -1,11 +1,8 @@
 """Progress: how far training is, on the terminal, in a notebook or in a batch job's log."""
 
-from __future__ import annotations
-
-import contextlib
 import functools
 import math
-import os
+import shutil
 import sys
 import time
 from typing import Any
@@ -13,15 +10,6 @@ from typing import Any
 from ..loop.callback import Callback
 from ..loop.host import HostCopy
 from ..loop.state import State
-
-REFRESH = 0.1  # seconds
-
-
-def terminal() -> bool:
-    """Tell whether standard error is a terminal that bars fit on; some pseudo-terminals say they are 0 columns wide."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    return False
 
 
 class Progress(Callback):
@@ -44,98 +32,89 @@ class Progress(Callback):
     def on_fit_start(self, state: State) -> None:
         """Begin at the run's position."""
         self._now = now = time.monotonic()
-        self._line, self._mark, self._speed, self._said = now + self.every, (now, state.samples), 0.0, -1
-        self._host, self._seen = HostCopy(), dict[str, float]()
+        self._line, self._mark, self._said, self._first = now + self.every, (now, state.samples), -1, 0
+        self._host, self._seen = HostCopy(), dict[str, Any]()
         if state.rank:
             return
-        from tqdm.auto import tqdm
-        from tqdm.autonotebook import tqdm as kind
-        from tqdm.std import tqdm as text
+        from tqdm import auto, autonotebook, std
 
         self._due = now
-        self._bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=0, miniters=0)
-        if kind is not text or terminal():
-            self._line = math.inf
+        notebook, size = autonotebook.tqdm is not std.tqdm, shutil.get_terminal_size()  # 80 x 24 where it says 0 x 0
+        shape = {"dynamic_ncols": True} if notebook else {"ncols": size.columns, "nrows": size.lines}
+        self._bar = functools.partial(auto.tqdm, mininterval=0, miniters=0, **shape)
+        if notebook or getattr(sys.stderr, "isatty", bool)():
             self._bars = [self._bar(desc="run", initial=state.step, total=state.total_steps, unit="step", position=0)]
 
     def on_epoch_start(self, state: State) -> None:
         """Begin at the epoch's position."""
         if self._bars:
-            total = state.epoch_samples or 0
-            done = state.samples - state.epoch * total
-            done = done if 0 <= done <= total else 0  # epochs before had another length
-            self._first = state.samples - done
-            self._bars[1:] = [self._bar(desc=f"epoch {state.epoch + 1}", initial=done, total=state.epoch_samples,
-                                        unit="sample", position=1, leave=False)]  # fmt: skip
+            total, done = state.epoch_samples, state.samples - state.epoch * (state.epoch_samples or 0)
+            done = done if 0 <= done <= (total or 0) else 0  # epochs before had another length
+            self._close(1)
+            self._first, name = state.samples - done, f"epoch {state.epoch + 1}"
+            self._bars += [self._bar(desc=name, initial=done, total=total, unit="sample", position=1, leave=False)]
 
     def on_step_end(self, state: State) -> None:
         """Show, ten times a second at most."""
         self._now = now = time.monotonic()
         if now >= self._due:
             self._look(state)
-            if now >= self._line:
+            if now >= self._line and not self._bars:
                 self._say(state, "" if state.loader is None else f"epoch {state.epoch + 1}, ")
 
     def _look(self, state: State, all: bool = False) -> None:
         """Take in what has arrived, and draw the bars."""
-        self._due = self._now + REFRESH
+        self._due = self._now + 0.1
         if all or not self._host.pending:
             self._host.put(None, {"loss": state.metrics.get("loss"), "rate": state.rates[0] if state.rates else None})
         for _, seen in self._host.take(all):
-            self._seen = seen
-        for bar in self._bars[1:]:
-            bar.set_postfix_str(written(self._seen), refresh=False)
-            bar.update(state.samples - self._first - bar.n)
-        for bar in self._bars[:1]:
-            self._measure(state, 1.0)
-            live = {**self._seen, "samples/s": self._speed} if state.loader is None else {}
-            bar.set_postfix_str(written({**live, **reported(state)}), refresh=False)
-            bar.update(state.step - bar.n)
-
-    def _measure(self, state: State, least: float = 0.0) -> None:
-        if (seconds := self._now - self._mark[0]) > least and state.samples > self._mark[1]:
-            self._speed, self._mark = (state.samples - self._mark[1]) / seconds, (self._now, state.samples)
+            self._seen |= seen
+        found = {k: v for k, v in state.metrics.items() if k.startswith("val_") or k == "early_stopping"}
+        seconds, samples = self._now - self._mark[0], state.samples - self._mark[1]
+        if samples and seconds > (0.0 if all else 1.0):
+            self._seen["samples/s"], self._mark = samples / seconds, (self._now, state.samples)
+        self._text = written(self._seen | found)
+        texts = self._text if state.loader is None else written(found), written(self._seen)
+        for bar, text, place in zip(self._bars, texts, (state.step, state.samples - self._first), strict=False):
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(place - bar.n)
 
     def _say(self, state: State, where: str) -> None:
-        self._measure(state)
         self._line, self._said = time.monotonic() + self.every, state.step
-        place = f"{where}step {state.step}" + (f"/{state.total_steps}" if state.total_steps else "")
-        text = written({**self._seen, "samples/s": self._speed, **reported(state)})
-        print(f"{place}: {text}", file=sys.stderr, flush=True)
+        print(f"{where}step {state.step}/{state.total_steps or '?'}: {self._text}", file=sys.stderr, flush=True)
 
     def on_validation_end(self, state: State) -> None:
-        """Leave validation out of the samples per second."""
-        self._measure(state)
-        self._mark = (time.monotonic(), state.samples)
+        """Show the results, and leave validation out of the samples per second."""
+        if self._due < math.inf:
+            self._look(state, all=True)
+            self._mark = (time.monotonic(), state.samples)
 
     def on_epoch_end(self, state: State) -> None:
         """Print the epoch's line, or close its bar."""
         if self._due < math.inf:
-            self._look(state, all=True)
-            if self._bars:
-                self._bars.pop().close()
-            else:
-                self._say(state, f"epoch {state.epoch} ended, ")
+            self._end(state, f"epoch {state.epoch} ended, ")
 
     def on_fit_end(self, state: State) -> None:
         """Show where it ended, also after an error."""
-        if self._due < math.inf:
-            try:
-                self._look(state, all=True)
-                if not self._bars and self._said != state.step:
-                    self._say(state, "ended, ")
-            finally:
-                self._due = math.inf
-                while self._bars:
-                    self._bars.pop().close()
+        try:
+            if self._due < math.inf and self._said != state.step:
+                self._end(state, "ended, ")
+        finally:
+            self._due = math.inf
+            self._close(0)
 
+    def _end(self, state: State, where: str) -> None:
+        self._look(state, all=True)
+        if not self._bars:
+            self._say(state, where)
+        self._close(1)
 
-def reported(state: State) -> dict[str, Any]:
-    """Return validation's results and the early-stopping count."""
-    return {k: v for k, v in state.metrics.items() if k.startswith("val_") or k == "early_stopping"}
+    def _close(self, kept: int) -> None:
+        while len(self._bars) > kept:
+            self._bars.pop().close()
 
 
 def written(values: dict[str, Any]) -> str:
-    """Return values for a line; a speed of 0 is one that is not known."""
-    known = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if v or k != "samples/s"}
-    return ", ".join(f"{name} {value}" for name, value in known.items())
+    """Return numbers and strings for a line."""
+    shown = {name: value for name, value in values.items() if isinstance(value, float | int | str)}
+    return ", ".join(f"{name} {f'{v:.4g}' if isinstance(v, float) else v}" for name, v in shown.items())

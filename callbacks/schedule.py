@@ -1,7 +1,5 @@
 """Schedule: the rates follow a scheduler of torch."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable
@@ -50,14 +48,13 @@ class Schedule(Callback):
 
     def __init__(self, scheduler: LRScheduler | Build, on: str | Goal = "step") -> None:
         built = isinstance(scheduler, LRScheduler)
-        if not built and (inspect.isclass(scheduler) or not callable(scheduler)):
+        if inspect.isclass(scheduler) or not (built or callable(scheduler)):
             raise TypeError("scheduler must be a torch scheduler, or a function such as lambda optimizer, total_steps: "
                             f"CosineAnnealingLR(optimizer, total_steps), not {scheduler!r}")  # fmt: skip
-        if not isinstance(on, str | Goal):
-            raise TypeError(f"on must be 'step', 'epoch', a metric's name or a Goal, not {on!r}")
+        if not isinstance(on, str | Goal) or (isinstance(on, Goal) and on != Goal(on.metric, on.mode)):
+            raise ValueError("on must be 'step', 'epoch', a metric's name, or a Goal of metric and mode alone (the "
+                             f"patience is ReduceLROnPlateau's), not {on!r}")  # fmt: skip
         self.on = on if on in ("step", "epoch") else Goal.of(on)
-        if isinstance(self.on, Goal) and self.on != Goal(self.on.metric, self.on.mode):
-            raise ValueError(f"on={on!r}: give metric and mode only; ReduceLROnPlateau has its own patience, threshold")
         # the one hook that `on` asks for, so that the others cost nothing and are not missed
         setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
         self._function: Any = None if built else scheduler
@@ -71,8 +68,8 @@ class Schedule(Callback):
         if optimizer is not None and getattr(scheduler, "optimizer", None) is not optimizer:
             raise ValueError(f"scheduler gives a {kind} of another optimizer; build it on the Loop's own")
         if mode != (scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else None):
-            raise ValueError(f"on={self.on!r} doesn't fit {kind}: a ReduceLROnPlateau takes a metric's name or Goal, of the "
-                             "same mode as its own, and every other scheduler 'step' or 'epoch'")  # fmt: skip
+            raise ValueError(f"on={self.on!r} doesn't fit {kind}: ReduceLROnPlateau takes a metric's name or Goal, of "
+                             "the same mode as its own, and every other scheduler 'step' or 'epoch'")  # fmt: skip
         return scheduler
 
     def _told(self, act: Callable[..., Any], *args: Any) -> Any:
@@ -81,12 +78,11 @@ class Schedule(Callback):
         except (TypeError, ValueError) as error:
             if self._length_known:
                 raise
-            raise ValueError(f"the scheduler met total_steps=None ({error}): give steps= to fit or epochs, or a number "
-                             "in the function") from error  # fmt: skip
+            raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not "
+                             "known: if it needs it, give steps= to fit or epochs") from error  # fmt: skip
 
     def _step(self, state: State) -> None:
-        metric = [self.on.read(state, "Schedule")] if isinstance(self.on, Goal) else []
-        self._told(self.scheduler.step, *metric)
+        self._told(self.scheduler.step, *([self.on.read(state, "Schedule")] if isinstance(self.on, Goal) else []))
 
     def on_setup(self, state: State) -> None:
         """Keep the rates from before a restore, to build the scheduler on."""
@@ -102,23 +98,21 @@ class Schedule(Callback):
         restored = [reduced({k: v for k, v in g.items() if k != "params"}) for g in groups] if self._saved else []
         for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
             put(group, {"lr": self._first.get(group["params"][0], group["lr"])})
-        built = self._told(self._function, state.optimizer, state.total_steps)
-        self.scheduler = self._checked(built, state.optimizer)
-        if self._saved:
-            self.load_state_dict(self._saved)
+        self.scheduler = self._checked(self._told(self._function, state.optimizer, state.total_steps), state.optimizer)
+        self.load_state_dict(self._saved)
         for group, settings in zip(groups, restored, strict=False):
             put(group, settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state, as far as it is plain data."""
         if self.scheduler is None:
-            return self._saved
+            return self._saved or {"kind": None}
         return {"kind": type(self.scheduler).__name__, "state": reduced(self.scheduler.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back, once there is a scheduler; raises ValueError for another kind of scheduler."""
-        self._saved = state
-        if self.scheduler is not None:
+        self._saved = state if state.get("kind") else {}
+        if self._saved and self.scheduler is not None:
             if state["kind"] != (kind := type(self.scheduler).__name__):
                 raise ValueError(f"the checkpoint holds a {state['kind']}, scheduler is a {kind}; give the same one")
             self.scheduler.load_state_dict(copy.deepcopy(state["state"]))

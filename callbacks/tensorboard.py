@@ -1,7 +1,5 @@
 """TensorBoard: what training did, as curves to look at while it runs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time
@@ -18,13 +16,14 @@ from ..loop.state import State
 class TensorBoard(Callback):
     """Writes TensorBoard curves at the first and every `every`-th applied update and at each report, over `state.step`.
 
-    Tags: `train/<name>` (the loss, and every other number of a step), `rate/group<i>` (what the update used),
-    `decay/group<i>`, `batch/size`, `batch/micro_size`, `batch/accumulate`, `batch/grad_norm` (`grad_norm=True`),
-    `speed/samples_per_s` (since the last such point or report), `memory/device_gib` (peak) or `memory/process_gib`,
-    `progress/epoch`, `progress/samples`, `progress/skipped`, `val/<name>` for a reported `val_<name>`, `report/<name>`
-    for any other; `parameter_groups`, a table; the HParams page: the optimizer's settings, batch size, accumulation,
-    seed and your `settings`. A resumed run hides what a killed one wrote beyond it. Rank 0 writes. Raises ValueError
-    for bad settings, OSError at the start for a folder that can't be written; what fails later is one warning.
+    `train/<name>` (the loss, and every other number of a step), `rate/group<i>` (what the update used), `decay/group<i>`,
+    `batch/size`, `batch/micro_size`, `batch/accumulate`, `batch/grad_norm` (`grad_norm=True`), `speed/samples_per_s`
+    (since the last such point or report), `memory/device_gib` (peak) or `memory/process_gib`, `progress/epoch`,
+    `progress/samples`, `progress/skipped`, `val/<name>` for a reported `val_<name>`, `report/<name>` for any other; the
+    table `parameter_groups`; for HParams the optimizer's settings, batch size, accumulation, seed and your `settings`.
+    A run goes on without overlap after a kill, and hides what others in its folder hold from its first step on: give
+    other writers their own. Rank 0 writes. Raises ValueError for bad settings and for a folder that another TensorBoard
+    writes, OSError at the start for one that can't be written; what fails later is one warning, and training goes on.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 50, grad_norm: bool = False,
@@ -33,14 +32,11 @@ class TensorBoard(Callback):
             raise ValueError(f"folder must be the path of a local folder, such as 'runs/a', not {folder!r}")
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every must be a whole number of updates, at least 1, not {every!r}")
-        if not isinstance(grad_norm, bool):
-            raise ValueError(f"grad_norm must be True or False, not {grad_norm!r}")
-        for name, value in (settings or {}).items():
-            if not isinstance(value, int | float | str):
-                raise ValueError(f"settings[{name!r}] must be a number, a string or a bool, not {value!r}")
+        if bad := {k: v for k, v in (settings or {}).items() if not isinstance(v, int | float | str)}:
+            raise ValueError(f"settings must hold numbers, strings and bools; make strings of {bad!r}")
         self.every, self.grad_norm, self.settings = every, grad_norm, dict(settings or {})
         self._events, self._mark = Events(folder), (0, 0, 0.0)
-        self._trained, self._reported = set[str](), dict[str, str]()
+        self._reported = dict[str, str]()
 
     def on_fit_start(self, state: State) -> None:
         """Open a file that goes on from this step; at a run's first, with the table of parameter groups."""
@@ -69,8 +65,7 @@ class TensorBoard(Callback):
 
     def _log(self, state: State) -> None:
         groups, (step, samples, since), now = state.optimizer.param_groups, self._mark, time.perf_counter()
-        given = {k: v for k, v in state.metrics.items() if k not in self._reported and not k.startswith("val_")}
-        self._trained |= given.keys()
+        given = {name: value for name, value in state.metrics.items() if name not in state.reported}
         used, self._mark = state.samples - samples, (state.step, state.samples, now)
         seen = used / max(1, state.step - step) / state.accumulate if used else None  # around a loop of your own
         size = state.batch_size or getattr(state.loader, "batch_size", None) or seen
@@ -80,7 +75,7 @@ class TensorBoard(Callback):
             **{f"decay/group{i}": group.get("weight_decay") for i, group in enumerate(groups)},
             "batch/size": size, "batch/micro_size": state.micro_batch_size or size,
             "batch/accumulate": state.accumulate, "batch/grad_norm": state.grad_norm if self.grad_norm else None,
-            "speed/samples_per_s": used / (now - since) if used else None, **memory(state.device),
+            "speed/samples_per_s": used / max(now - since, 1e-9) if used else None, **memory(state.device),
             "progress/epoch": state.epoch, "progress/samples": state.samples, "progress/skipped": state.skipped,
         })  # fmt: skip
 
@@ -88,14 +83,11 @@ class TensorBoard(Callback):
         """Log what was reported."""
         if self._events.file is not None:
             self._reported |= (found := self._reports(state))
-            self._events.put(state.step, {tag: state.metrics[name] for name, tag in found.items()})
-            self._events.drain(all=True)
+            self._events.put(state.step, {tag: state.metrics[name] for name, tag in found.items()}, all=True)
             self._mark = (state.step, state.samples, time.perf_counter())
 
     def _reports(self, state: State) -> dict[str, str]:
-        """Return name -> tag of what the last report left in `state.metrics`: floats that no step gave."""
-        names = [name for name, value in state.metrics.items() if type(value) is float and name not in self._trained]
-        return {name: f"val/{name[4:]}" if name.startswith("val_") else f"report/{name}" for name in names}
+        return {n: f"val/{n[4:]}" if n.startswith("val_") else f"report/{n}" for n in sorted(state.reported)}
 
     def on_fit_end(self, state: State) -> None:
         """Write what is pending, and the settings for the HParams page beside the last values of what was reported."""
@@ -103,17 +95,15 @@ class TensorBoard(Callback):
         found = {**getattr(state.optimizer, "defaults", {}), "optimizer": type(state.optimizer).__name__,
                  "batch_size": size, "accumulate": state.accumulate, "seed": state.seed, **self.settings}  # fmt: skip
         with contextlib.closing(self._events):
-            self._events.drain(all=True)
             self._events.hparams(found, self._reported.values() or ["train/loss"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return, once all that is pending is on the disk, what a file that continues this one needs."""
         state = self._events.state_dict()
-        return {**state, "trained": sorted(self._trained)} if state["step"] or state["kept"] else {}
+        return state if state["step"] or state["kept"] else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        self._trained = set(state["trained"])
         self._events.load_state_dict(state)
 
 
@@ -121,6 +111,6 @@ def memory(device: torch.device) -> dict[str, float]:
     """Return GiB: an accelerator's peak, else what this process holds; the host counts both, so nothing waits."""
     if peak := getattr(getattr(torch, device.type, None), "max_memory_allocated", None):
         return {"memory/device_gib": peak(device) / 2**30}
-    with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # Linux has it
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
         return {"memory/process_gib": int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30}
-    return {}
+    return {}  # only Linux has that file

@@ -45,7 +45,7 @@ class Warmup(Callback):
             raise ValueError(f"steps must be a whole number of updates, or a share above 0 and below 1, not {steps!r}")
         if steps < 0:
             raise ValueError(f"steps must be at least 0, not {steps!r}")
-        if start is not None and not (isinstance(start, int | float) and 0 <= start <= 1):
+        if start is not None and (isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start <= 1):
             raise ValueError(f"start must be a factor from 0 to 1, or None, not {start!r}")
         if shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, not {shape!r}")

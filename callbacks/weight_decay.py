@@ -1,7 +1,5 @@
 """WeightDecay: how much each parameter decays, by its name or its layer's class."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Hashable, Mapping
@@ -47,7 +45,7 @@ def decide(model: nn.Module, rules: Mapping[Rule, float], default: float, exempt
         elif not mine:
             problem = f"decides nothing, since rules before it match {[*hits.values()][:3]}; put it first"
         elif decay and spared.issuperset(mine):
-            problem = f"decides only biases, norms and vectors, 0.0 unless exempt=False: {[*mine.values()][:3]}"
+            problem = f"decides only biases, norms and vectors, kept at 0.0 unless exempt=False: {[*mine.values()][:3]}"
         if problem:
             raise ValueError(f"rules has {rule!r}, which {problem}")
         decays.update(dict.fromkeys(mine, decay))
@@ -104,9 +102,7 @@ class WeightDecay(Callback):
             raise ValueError(f"{kind} has no weight_decay; take an optimizer that has one, such as AdamW")
         held = {p for group in groups for p in group["params"]}
         if missed := [n for n, p in state.model.named_parameters() if p.requires_grad and p not in held]:
-            raise ValueError(
-                f"not in the optimizer: {missed[:3]} of {len(missed)} that require grad; pass or freeze them"
-            )
+            raise ValueError(f"not in the optimizer: {missed[:3]} of {len(missed)} that require grad; pass or freeze them")
         new = regroup(groups, decide(state.model, self.rules, self.default, self.exempt))
         moved = [set(group["params"]) for group in groups] != [set(group["params"]) for group in new]
         if moved and any("initial_lr" in group for group in groups):

@@ -103,11 +103,7 @@ def cut(batch: Any, start: int, stop: int, total: int, by: Cut | None = None) ->
     def leaf(x: Any, path: str) -> Any:
         n = length(x)
         if n is None:
-            if (
-                x is None
-                or isinstance(x, Tensor | complex | float | int | str | bytes)
-                or getattr(x, "shape", None) == ()
-            ):
+            if x is None or isinstance(x, Tensor | complex | float | int | str | bytes) or getattr(x, "shape", None) == ():
                 return x
             raise TypeError(f"{path} is a {type(x).__name__}, which hookloop can't cut: {REMEDY}")
         if n != total:
@@ -138,16 +134,12 @@ def join(parts: Sequence[Any]) -> Any | None:
         if any(k is None or k.keys() != kids[0].keys() for k in kids) or len({type(part) for part in parts}) > 1:
             return None
         joined = {key: join([k[key] for k in kids if k is not None]) for key in kids[0]}
-        return (
-            None if any(v is None and kids[0][key] is not None for key, v in joined.items()) else rebuild(first, joined)
-        )
+        return None if any(v is None and kids[0][key] is not None for key, v in joined.items()) else rebuild(first, joined)
     if all(isinstance(p, Tensor) and p.layout == torch.strided and not p.is_nested and p.dim() for p in parts):
         same = all((p.dtype, p.shape[1:], p.device) == (first.dtype, first.shape[1:], first.device) for p in parts)
         return torch.cat(list(parts)) if same else None
     if all(type(p) is type(first) is list or type(p) is type(first) is tuple for p in parts):
         return type(first)(v for p in parts for v in p)
-    if all(p is first for p in parts) or (
-        isinstance(first, bool | int | float | str) and all(p == first for p in parts)
-    ):
+    if all(p is first for p in parts) or (isinstance(first, bool | int | float | str) and all(p == first for p in parts)):
         return first
     return None

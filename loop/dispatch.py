@@ -19,9 +19,7 @@ AROUND = {"on_setup", "on_fit_start", "on_micro_end", "on_before_optimizer_step"
 def overridden(callback: Callback) -> set[str]:
     """Return the hooks that this callback overrides, in its class or on the instance."""
     methods = {hook: getattr(callback, hook) for hook in HOOKS}
-    return {
-        hook for hook, method in methods.items() if getattr(method, "__func__", None) is not getattr(Callback, hook)
-    }
+    return {hook for hook, method in methods.items() if getattr(method, "__func__", None) is not getattr(Callback, hook)}
 
 
 def check(callbacks: Iterable[Callback]) -> None:

@@ -51,9 +51,7 @@ class EventFile(io.FileIO):
         """Add numbers (tag -> value) and whole summaries at a step; `when` is what time.time() said."""
         found = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         found += [value for other in others for value in other.value]
-        self._record.write(
-            self._event(wall_time=when, step=step, summary=self._summary(value=found)).SerializeToString()
-        )
+        self._record.write(self._event(wall_time=when, step=step, summary=self._summary(value=found)).SerializeToString())
 
 
 class Events:

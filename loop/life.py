@@ -52,9 +52,7 @@ class Life:
         check(self.callbacks)
         for callback in self.callbacks:
             if (owner := getattr(callback, "_loop", None)) is not None and owner() is not None:
-                raise ValueError(
-                    f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one"
-                )
+                raise ValueError(f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one")
             callback._loop = weakref.ref(self)  # type: ignore[attr-defined]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = State(model, optimizer, scaler=scaler, device=device)
@@ -68,7 +66,6 @@ class Life:
         self.generators: list[torch.Generator] = []
         self.snapshot: Snapshot | None = None
         self.rng_to_restore: dict[str, Any] | None = None
-        self.reported, self.reported_at = set[str](), -1
         self._constants: dict[Any, Tensor] = {}
         self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
@@ -144,9 +141,7 @@ class Life:
                 raise ValueError(f"{type(callback).__name__} needs {', '.join(missing)}, which does not run around a loop "
                                  "of your own; use loop.fit or loop.epochs, loop.steps, or leave it out")  # fmt: skip
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         problems: list[BaseException] = []
 
         def attempt(act: Callable[[], Any], hook: Any = None) -> None:
@@ -211,9 +206,7 @@ class Life:
         finally:
             self.state.exception = self.state.micro = None
 
-    def micro_end(
-        self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool
-    ) -> None:
+    def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool) -> None:
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
         self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size)
@@ -266,9 +259,7 @@ def check_optimizer(optimizer: Any) -> None:
                         "loop.updating around your own optimizer.step(closure), or another optimizer")  # fmt: skip
 
 
-def autocast_context(
-    autocast: Any, device: torch.device
-) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
+def autocast_context(autocast: Any, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
     """Return what makes the context of a forward; raises ValueError for a dtype that the device can't autocast to."""
     if not isinstance(autocast, torch.dtype):
         if autocast is not None and not callable(autocast):

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .evaluate import evaluate
-from .goal import number
 from .life import Life
 from .state import State
 from .step import Step
@@ -30,7 +29,7 @@ class Loop(Life):
 
         def validate_if_due() -> None:
             step = self.state.step
-            if validate_every is not None and step and step % validate_every == 0 and self.reported_at != step:
+            if validate_every is not None and step and step % validate_every == 0 and self.state.reported_at != step:
                 self.validate(loss_fn, val_loader)
 
         with self:
@@ -155,13 +154,10 @@ class Loop(Life):
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""
-        state, logged = self.state, self.state._logged
-        found = {**metrics, **{name: value() for name, value in logged.items() if callable(value)}}
-        state._logged = {}
-        for name in self.reported:
-            state.metrics.pop(name, None)
-        state.metrics.update({name: number(name, value) for name, value in found.items()})
-        self.reported, self.reported_at = set(found), state.step
+        if not (self._entered and self._begun):
+            raise RuntimeError("loop.report before the first loop.steps or loop.updating, or outside `with loop:`: callbacks "
+                               "have not started; loop.evaluate may run at any time")  # fmt: skip
+        self.state.report(metrics)
         self._run("on_validation_end")
 
     @property

@@ -29,13 +29,9 @@ def checked(outputs: Any, training: bool = True) -> dict[str, Any]:
         found = dict(outputs)
     loss = found["loss"]
     if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"the loss is a {type(loss).__name__}, not a tensor; return what the criterion gave, not .item()"
-        )
+        raise TypeError(f"the loss is a {type(loss).__name__}, not a tensor; return what the criterion gave, not .item()")
     if loss.dim() or loss.is_complex():
-        raise ValueError(
-            f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}; return one real number: loss.mean()"
-        )
+        raise ValueError(f"the loss has shape {tuple(loss.shape)} and type {loss.dtype}; return one real number: loss.mean()")
     if training and not loss.requires_grad:
         raise ValueError("the loss has requires_grad=False, so nothing can be learnt from it; "
                          "is it detached, under no_grad, or are all parameters frozen?")  # fmt: skip

@@ -23,13 +23,11 @@ def capture(loop: Life) -> dict[str, Any]:
             "progress": {name: getattr(state, name) for name in ("step", "skipped", "epoch", "samples")},
             "optimizer": state.optimizer.state_dict(),
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
-            "callbacks": {
-                c.key: saved for c in sorted(loop.callbacks, key=lambda c: c.key) if (saved := c.state_dict())
-            },
+            "callbacks": {c.key: saved for c in sorted(loop.callbacks, key=lambda c: c.key) if (saved := c.state_dict())},
             "rng": rng.snapshot(state.device),
             "data": loop.feed.state_dict(),
             "train_loss": loop.train_loss.state_dict(),
-            "reported": [loop.reported_at, {k: v for k, v in state.metrics.items() if k in loop.reported}],
+            "reported": [state.reported_at, {k: v for k, v in state.metrics.items() if k in state.reported}],
             "seed": loop.seed,
         },
     }
@@ -46,9 +44,7 @@ def restore(loop: Life, path: str | os.PathLike[str]) -> None:
                          "put the missing ones back, or start afresh in another folder")  # fmt: skip
     for key, callback in mine.items():
         if key not in saved["callbacks"] and callback.state_dict():
-            warnings.warn(
-                f"{place} holds no state of {key}: it starts fresh at step {saved['progress']['step']}", stacklevel=2
-            )
+            warnings.warn(f"{place} holds no state of {key}: it starts fresh at step {saved['progress']['step']}", stacklevel=2)
     if (state.scaler is None) != (saved["scaler"] is None):
         raise ValueError(f"{place} was made {'without' if state.scaler else 'with'} scaler=; give the same")
     state.model.load_state_dict(model)
@@ -61,6 +57,6 @@ def restore(loop: Life, path: str | os.PathLike[str]) -> None:
         mine[key].load_state_dict(value)
     loop.feed.load_state_dict(saved["data"])
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
-    loop.reported_at, state.metrics = saved["reported"][0], dict(saved["reported"][1])
-    loop.reported, loop.seed, loop.rng_to_restore = set(state.metrics), saved["seed"], saved["rng"]
+    state.reported_at, state.metrics = saved["reported"][0], dict(saved["reported"][1])
+    state.reported, loop.seed, loop.rng_to_restore = set(state.metrics), saved["seed"], saved["rng"]
     rng.restore(saved["rng"], state.device)

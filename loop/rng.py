@@ -60,7 +60,7 @@ def snapshot(device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = {"torch": [g.get_state() for g in generators(device)], "python": [version, [*inner], gauss]}
     if numpy := sys.modules.get("numpy"):
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), *rest]
+        state["numpy"] = [kind, keys.tolist(), *rest]
     return state
 
 
@@ -72,7 +72,7 @@ def restore(state: dict[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(inner), gauss))
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
         kind, keys, *rest = state["numpy"]
-        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+        numpy.random.set_state((kind, numpy.array(keys, dtype="uint32"), *rest))
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .goal import number
 from .step import Eager
 
 if TYPE_CHECKING:
@@ -65,9 +66,18 @@ class State:
     exception: Exception | None = None
     skip_reason: str | None = None
     stop_reason: str | None = None
+    reported: set[str] = field(default_factory=set)  # names in metrics that the last report gave
+    reported_at: int = -1
     writers: list[Callable[[State, list[str], Callable[[], dict[str, Any]]], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        shared = set[int]()
+        for group in self.optimizer.param_groups:
+            if id(group["lr"]) in shared:  # torch gives all groups one tensor, which each factor would meet again
+                group["lr"] = group["lr"].clone()
+            if isinstance(group["lr"], Tensor):
+                shared.add(id(group["lr"]))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._rate_factors: list[tuple[Group | None, float]] = []
         self._grad_factors: list[float | Tensor] = []
         self._grad_norm: Tensor | None = None
@@ -95,6 +105,15 @@ class State:
         self._logged[name] = value
         if not callable(value):
             self.metrics[name] = value
+
+    def report(self, metrics: Mapping[str, Any]) -> None:
+        """Put metrics (single numbers) and what functions were logged into `state.metrics` as floats, for the last ones."""
+        found = {**metrics, **{name: value() for name, value in self._logged.items() if callable(value)}}
+        self._logged = {}
+        for name in self.reported:
+            self.metrics.pop(name, None)
+        self.metrics.update({name: number(name, value) for name, value in found.items()})
+        self.reported, self.reported_at = set(found), self.step
 
     def scale_rate(self, factor: float, group: Group | int | None = None) -> None:
         """Multiply the rate of this update (of one parameter group, or all) by `factor`; it is put back after."""

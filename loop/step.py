@@ -67,9 +67,7 @@ class Micro:
                 generator.manual_seed(key)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         step, self._open = self._step, False
         if error is None:
             if self.outputs is not None:

@@ -86,7 +86,6 @@ def test_the_callback_it_shows_works() -> None:
     exec(re.search(r"## Write a callback\n\n```python\n(.*?)```", README, re.S)[1], space)  # type: ignore[index]
     model = torch.nn.Linear(1, 1)
     state = State(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    state.apply_rates()
     space["Watch"]().on_step_end(state)
     assert state.metrics["lr"] == 0.5
 

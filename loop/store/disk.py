@@ -60,9 +60,7 @@ def write(folder: Path, step: int, model: dict[str, Any], state: dict[str, Any],
     """Write a checkpoint whole or not at all, and return its folder; raises TypeError naming what is no plain data."""
     for name, part in (("model", model), ("state", state)):
         if where := not_plain(part, name):
-            raise TypeError(
-                f"can't save {where}; state_dict() must give plain data: numbers, strings, tensors, lists, dicts"
-            )
+            raise TypeError(f"can't save {where}; state_dict() must give plain data: numbers, strings, tensors, lists, dicts")
     count = sum(1 for p in list_checkpoints(folder) if step_of(p) == step)
     target = folder / (f"step-{step:08d}" + (f".{count + 1}" if count else ""))
     draft = folder / f".{target.name}.part"  # beside the target: a rename across file systems is a copy

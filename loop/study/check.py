@@ -29,7 +29,7 @@ def check_mean(loop: Loop, loss_fn: Any, batch: Any, tolerance: float = 1e-4) ->
         cuts = batches.equal_cuts(total, -(-total // count))
         chunks = [piece(Chunk(batch, None, total), a, b, loop.cut) for a, b in cuts]
         weights = [weight_of(loop, chunk) for chunk in chunks]
-        summed: Any = 0.0
+        summed = torch.zeros((), dtype=torch.float64, device=state.device)
         for chunk, weight in zip(chunks, weights, strict=True):
             loss = checked(loop.forward(loss_fn, model, batches.move(chunk.data, state.device)))["loss"]
             found = torch.autograd.grad(loss, parameters, allow_unused=True)

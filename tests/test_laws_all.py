@@ -1,0 +1,180 @@
+"""The laws over all callbacks at once: any order, any subset of observers, and no wait for a device in a step."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FORMS, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchmetrics.classification import MulticlassAccuracy
+
+from hookloop.callbacks import (
+    Checkpoint,
+    ClipGradients,
+    DynamicBatchSize,
+    EarlyStopping,
+    GradientAccumulation,
+    Metrics,
+    MicroBatch,
+    Progress,
+    Schedule,
+    Seed,
+    TensorBoard,
+    Warmup,
+    WeightDecay,
+)
+from hookloop.loop import Callback, Loop
+from hookloop.loop.store import list_checkpoints
+
+
+def shaping() -> list[Callback]:
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    return [
+        Warmup(0.3), Schedule(lambda optimizer, total: cosine(optimizer, total)), GradientAccumulation({0: 1, 2: 2}),
+        DynamicBatchSize(6, 13, scale_lr="sqrt"), MicroBatch(5), ClipGradients(0.3), WeightDecay({torch.nn.Linear: 0.1}),
+        EarlyStopping("val_accuracy", mode="max", patience=9, restore_best=True),
+    ]  # fmt: skip
+
+
+def watching(folder: Path) -> list[Callback]:
+    return [TensorBoard(folder, every=2, grad_norm=True), Progress(every=0.001), Checkpoint(folder, every=3, keep=None),
+            Metrics({"acc": MulticlassAccuracy(3)}, training=True)]  # fmt: skip
+
+
+def run(form: Any, callbacks: list[Callback]) -> Any:
+    seed, model = Seed(5), net(seed=5)
+    loop = Loop(model, adamw(model), [seed, *callbacks])
+    form(loop, loss_fn, loader(50, 8), loader(20, 8, shuffle=False), epochs=3)
+    return loop, bits(loop)
+
+
+def saved(folder: Path) -> list[Any]:
+    found = []
+    for checkpoint in list_checkpoints(folder):
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        found.append((checkpoint.name, torch.load(checkpoint / "model.pt", weights_only=True), state))
+    return found
+
+
+def same(a: Any, b: Any, path: str = "") -> None:
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            if key not in ("wall_time", "mark"):
+                same(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("reference")
+    return run(built_in, shaping())[1], run(built_in, [*shaping(), *watching(folder)])[1], saved(folder)
+
+
+def test_watching_is_free(reference: Any, tmp_path: Path) -> None:
+    assert_same_bits(reference[0], reference[1])
+    for i, one in enumerate(watching(tmp_path)):
+        assert_same_bits(reference[0], run(FORMS[i % 2], [one, *shaping()])[1])
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_cb5_any_order_trains_and_saves_the_same(reference: Any, tmp_path: Path, number: int) -> None:
+    order = list(range(12))
+    random.Random(number).shuffle(order)
+    hand, folder = number % 2, tmp_path
+    callbacks = [*shaping(), *watching(folder)]
+    found = run(by_hand if hand else built_in, [callbacks[i] for i in order])[1]
+    assert_same_bits(reference[0], found)
+    mine = saved(folder)
+    assert len(mine) == len(reference[2]) > 5
+    for a, b in zip(reference[2], mine, strict=True):
+        for state in (a[2], b[2]):
+            state["callbacks"].pop("TensorBoard", None)  # holds seconds and bytes of memory
+        same(a, b)
+        assert a[0] == b[0]
+
+
+@given(st.sets(st.integers(0, 7)), st.integers(1, 60), st.integers(1, 12))
+@settings(max_examples=15, deadline=None)
+def test_by_hand_is_built_in_for_any_subset(which: set[int], count: int, size: int) -> None:
+    def one(form: Any) -> Any:
+        seed, model = Seed(5), net(seed=5, noise=False)
+        loop = Loop(model, adamw(model), [seed, *(c for i, c in enumerate(shaping()) if i in which)])
+        form(loop, loss_fn, loader(count, size), loader(20, 8, shuffle=False), epochs=3)
+        return bits(loop), loop.state
+
+    (a, state), (b, other) = one(built_in), one(by_hand)
+    assert_same_bits(a, b)
+    assert state.step == other.step == state.total_steps
+
+
+class Reads(TorchDispatchMode):
+    """Counts what brings a number from a tensor to Python: `.item()`, `float()`, `bool()`, `if tensor:`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        ):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_callback_adds_a_read_to_a_step(tmp_path: Path) -> None:
+    def reads(callbacks: list[Callback]) -> int:
+        model = net()
+        loop, mode = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), callbacks), Reads()
+        with loop:
+            for _ in loop.epochs(1):
+                for step in loop.steps(loader(60, 4, shuffle=False)):
+                    watched = 4 <= loop.state.step < 12  # after what is compared once, before the loggers' interval
+                    with mode if watched else contextlib.nullcontext():
+                        for micro in step:
+                            with micro:
+                                micro.backward(lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
+                        loop.update()
+        return mode.count
+
+    quiet = [TensorBoard(tmp_path, every=500), Progress(every=1e6), Checkpoint(tmp_path, every=500)]
+    assert reads([]) == 0
+    assert reads([Seed(0), *shaping()[:4], MicroBatch("auto"), *shaping()[5:], *quiet]) == 0
+
+
+def test_a_step_reads_nothing_back() -> None:
+    """Tensors without values stand for a GPU's: whatever would bring a number to Python raises."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        loop = Loop(model, optimizer, [Seed(0), *shaping()[:-1]])
+        data = [(torch.randn(4, 6), torch.randint(0, 3, (4,)))] * 9
+        with loop:
+            for _ in loop.epochs(2):
+                for step in loop.steps(data):
+                    for micro in step:
+                        with micro:
+                            micro.backward(lambda m, b: {"loss": torch.nn.functional.cross_entropy(m(b[0]), b[1])})
+                    loop.update()
+        assert loop.state.step == loop.state.total_steps > 8
+        with pytest.raises(DataDependentOutputException):
+            float(loop.state.metrics["loss"])
