@@ -31,8 +31,8 @@ class MicroBatch(Callback):
     `"auto"` starts with whole batches and halves when memory runs out: the step is redone from its own data, with
     gradients cleared and torch's generators and the module buffers that a forward changes put back, so that the run
     equals one that used the smaller size from that step on. Validation shrinks a size of its own. BatchNorm's
-    statistics are those of each micro-batch. Raises ValueError for a bad size, RuntimeError where memory is too small
-    for one sample.
+    statistics are those of each micro-batch. Raises ValueError for a bad size; where memory is too small for one
+    sample, the error says so.
     """
 
     owns = ("micro_batch_size",)
@@ -60,9 +60,10 @@ class MicroBatch(Callback):
         micro = state.micro
         if micro is None or not out_of_memory(state.exception):
             return False
-        if micro.size <= 1:
-            raise RuntimeError("memory is too small for one sample: use a smaller model or input, activation checkpointing "
-                               "or a lower precision") from state.exception  # fmt: skip
+        if micro.size <= 1 and state.exception is not None:
+            state.exception.add_note("memory is too small for one sample: use a smaller model or input, activation "
+                                     "checkpointing or a lower precision")  # fmt: skip
+            return False
         if micro.training:
             self.train = (micro.size + 1) // 2
         else:

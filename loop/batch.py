@@ -23,7 +23,8 @@ def children(x: Any) -> dict[Any, Any] | None:
     if isinstance(x, Mapping):
         return dict(x)
     if isinstance(x, list | tuple):
-        plain = not hasattr(x, "_fields") and not any(isinstance(v, Tensor) or children(v) is not None for v in x)
+        holds = any(isinstance(v, Tensor | list | tuple) or children(v) is not None for v in x)
+        plain = not hasattr(x, "_fields") and not holds
         return None if plain and x else dict(enumerate(x))
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
@@ -111,7 +112,8 @@ def cut(batch: Any, start: int, stop: int, total: int, by: Cut | None = None) ->
         if isinstance(x, Tensor) and x.is_nested:
             return torch.nested.as_nested_tensor(list(x.unbind()[start:stop]), layout=x.layout)
         if isinstance(x, Tensor) and x.layout != torch.strided:
-            return x.narrow_copy(0, start, stop - start)
+            rows = (x if x.layout == torch.sparse_coo else x.to_sparse_coo()).narrow_copy(0, start, stop - start)
+            return rows if x.layout == torch.sparse_coo else rows.to_sparse(layout=x.layout)
         return x[start:stop]
 
     return walk(batch, leaf)
@@ -134,12 +136,22 @@ def join(parts: Sequence[Any]) -> Any | None:
         if any(k is None or k.keys() != kids[0].keys() for k in kids) or len({type(part) for part in parts}) > 1:
             return None
         joined = {key: join([k[key] for k in kids if k is not None]) for key in kids[0]}
-        return None if any(v is None and kids[0][key] is not None for key, v in joined.items()) else rebuild(first, joined)
+        lost = any(v is None and any(k[key] is not None for k in kids if k is not None) for key, v in joined.items())
+        return None if lost else rebuild(first, joined)
     if all(isinstance(p, Tensor) and p.layout == torch.strided and not p.is_nested and p.dim() for p in parts):
         same = all((p.dtype, p.shape[1:], p.device) == (first.dtype, first.shape[1:], first.device) for p in parts)
         return torch.cat(list(parts)) if same else None
     if all(type(p) is type(first) is list or type(p) is type(first) is tuple for p in parts):
         return type(first)(v for p in parts for v in p)
-    if all(p is first for p in parts) or (isinstance(first, bool | int | float | str) and all(p == first for p in parts)):
-        return first
-    return None
+    same_value = isinstance(first, bool | int | float | str) and all(type(p) is type(first) and p == first for p in parts)
+    return first if same_value or all(p is first for p in parts) else None
+
+
+def measure(data: Any, weigh: Callable[[Any], Any] | None) -> int:
+    """Return a batch's number of samples, or its weight where it shows none; raises TypeError naming the remedy."""
+    if (found := size(data)) is not None:
+        return found
+    if weigh is not None:
+        return int(weigh(data))
+    raise TypeError(f"no leaf of this {type(data).__name__} shows how many samples it holds: put a tensor with a batch "
+                    "dimension into it, or give Loop(..., weigh=fn)")  # fmt: skip

@@ -25,7 +25,10 @@ def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, fl
     modes = [(module, module.training) for module in model.modules()]
     seed = None if state.seed is None else derive(state.seed, "validation", state.step, state.rank)
     means: dict[str, Mean] = {}
-    outer, state._logged = state._logged, {}
+    if loop.feed.loader is loader and getattr(loader, "persistent_workers", False):
+        raise ValueError("the training loader can't be evaluated on while its persistent workers serve training; give a loader "
+                         "of its own over the same data")  # fmt: skip
+    outer, state._logged, state._evaluating = state._logged, {}, True
     with isolated(state.device, seed), torch.no_grad():
         try:
             model.eval()
@@ -37,7 +40,7 @@ def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, fl
             found: dict[str, Any] = {name: mean.value() for name, mean in means.items()}
             found |= {name: value() if callable(value) else value for name, value in state._logged.items()}
         finally:
-            state._logged = outer
+            state._logged, state._evaluating = outer, False
             for module, training in modes:
                 module.training = training
     return {prefix + name: number(prefix + name, value) for name, value in found.items()}

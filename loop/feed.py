@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
-import sys
-import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +11,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from . import batch as batches
-from .rng import derive, isolated, mix
+from .order import Order
+from .rng import derive, generators, isolated, mix, seed_streams
 from .store import plain
 
 END = object()
@@ -30,139 +27,92 @@ class Chunk:
     size: int | None = None
 
 
-class SeededIndices(list[Any]):
-    """A list of indices that seeds all generators for each sample, wherever it is walked: here or in a worker."""
-
-    def __init__(self, indices: Any, base: int) -> None:
-        super().__init__(indices)
-        self.base = base
-
-    def __iter__(self) -> Iterator[Any]:
-        for index in super().__iter__():
-            key = mix(self.base, index if isinstance(index, int) else zlib.crc32(repr(index).encode()))
-            random.seed(key)
-            torch.default_generator.manual_seed(key)
-            if numpy := sys.modules.get("numpy"):
-                numpy.random.seed(key & 0xFFFFFFFF)
-            yield index
-
-    def __reduce__(self) -> Any:  # the default one walks the list, here in the parent
-        return SeededIndices, (list(super().__iter__()), self.base)
-
-
-class Order:
-    """Stands in for a DataLoader's (batch) sampler: the same indices, in an order drawn from (seed, epoch)."""
-
-    def __init__(self, inner: Any, owners: Sequence[Any]) -> None:
-        self.inner, self.owners, self.seed, self.skip, self.base = inner, owners, 0, 0, 0
-        self.drawn: deque[Any] = deque()
-        self.seeds_samples = False
-
-    def prepare(self, seed: int, epoch: int, skip: int, seeds_samples: bool) -> None:
-        """Set the next iteration: which order, and how much of it was used already."""
-        self.seed, self.skip, self.seeds_samples = derive(seed, "order", epoch), skip, seeds_samples
-        self.base = derive(seed, "sample", epoch)
-        self.drawn.clear()
-        for owner in self.owners:
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        with isolated(torch.device("cpu"), self.seed):
-            for owner in self.owners:
-                if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-                    generator.manual_seed(self.seed)
-            iterator = iter(self.inner)
-            first = list(itertools.islice(iterator, 1))
-        for indices in itertools.islice(itertools.chain(first, iterator), self.skip, None):
-            self.drawn.append(indices)
-            is_list = isinstance(indices, list | tuple) and self.seeds_samples
-            yield SeededIndices(indices, self.base) if is_list else indices
-
-
 class Feed:
     """Reads a loader batch by batch; what a step leaves of one is kept for the next (`left`)."""
 
     def __init__(self, cut: batches.Cut | None, measure: Callable[[Any], int]) -> None:
         self.cut, self._measure, self.epoch, self.read, self.offset = cut, measure, -1, 0, 0
         self.left: Chunk | None = None
+        self.again: list[Chunk] = []  # what a step took that was never updated
         self.loader: Any = None
-        self._opened: Any = None
         self.order: Order | None = None
+        self._opened: Any = None
         self._source: Iterator[Any] = iter(())
-        self._shape: dict[str, Any] | None = None
+        self._shape: dict[str, Any] = {}
+        self._promised: dict[str, Any] = {}
+        self._before: tuple[int, int, Chunk | None] = 0, 0, None
+        self._streams: list[torch.Generator] = []
+        self._base = 0
 
     def attach(self, loader: Any) -> None:
-        """Take the order of a map-style DataLoader over; refuse data that a resumed position does not fit."""
+        """Take a loader; refuse data that a resumed position does not fit."""
         if loader is self.loader:
             return
         self.detach()
-        self.loader, shape = loader, {}
+        self.loader, self._shape = loader, {}
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            inner = self._slot(loader)
-            owners = (loader, inner, getattr(inner, "sampler", None), loader.sampler, loader.dataset)
-            self.order = Order(inner, list({id(o): o for o in owners}.values()))
-            self._install(self.order)
-            shape = {"samples in the data set": _len(loader.dataset), "batch size of the loader": loader.batch_size}
-        for name, value in shape.items():
-            if self._shape is not None and self._shape.get(name, value) != value:
-                raise ValueError(f"the checkpoint was made with {self._shape[name]} {name}, not {value}; "
+            self.order = Order(loader)
+            self._shape = {"samples in the data set": _len(loader.dataset), "batch size of the loader": loader.batch_size}
+        promised, self._promised = self._promised, {}
+        for name, value in self._shape.items():
+            if promised.get(name, value) != value:
+                raise ValueError(f"the checkpoint was made with {promised[name]} {name}, not {value}; "
                                  "resume with the same data, or start afresh in another folder")  # fmt: skip
-        self._shape = shape
 
     def detach(self) -> None:
-        """Put the loader's own sampler back."""
+        """Let the loader go, with its workers; an iterator, which can't be begun again, is kept."""
         if self.order is not None:
-            self._install(self.order.inner)
+            self.order.close()
+        if not isinstance(self._opened, Iterator):
+            self._source = iter(())
         self.loader = self.order = None
-
-    def _slot(self, loader: Any) -> Any:
-        return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-
-    def _install(self, sampler: Any) -> None:
-        slot = "sampler" if self.loader.batch_sampler is None else "batch_sampler"
-        object.__setattr__(self.loader, slot, sampler)  # DataLoader refuses a plain assignment
-        self.loader._iterator = None  # persistent workers hold the sampler they were started with
 
     def open(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         """Start the epoch's iteration at the kept position: skipped without reading, where the order is ours."""
         if self.epoch != epoch:
-            self.epoch, self.read, self.left, self.offset = epoch, 0, None, 0
+            self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
             return  # a used iterator goes on by itself
-        self._opened, offset = self.loader, self.offset
+        self._opened, offset, read = self.loader, self.offset, self.read
+        self._streams, self._base = [], derive(seed, "read", epoch, rank)
         with isolated(device, derive(seed, "loader", epoch, rank)):
             if self.order is not None:
-                self.order.prepare(seed, epoch, self.read, seeds_samples)
-                self._source = iter(self.loader)
+                self._source = self.order.iterate(seed, epoch, read, seeds_samples)
             else:
                 self._source = iter(self.loader)
                 ahead = list(itertools.islice(self._source, 1))  # many draw their order with the first batch
                 self._source = itertools.chain(ahead, self._source)
         if self.order is None:
-            next(itertools.islice(self._source, self.read, self.read), None)
+            if seeds_samples and not isinstance(self.loader, Sequence):  # it may draw here, for each batch
+                self._streams = generators(device)
+            for self.read in range(read):
+                self._next()
+            self.read = read
         if offset and self.left is None and self.more():
             self.offset = offset
             self._put_back(self._measured(self.left), offset)
 
+    def _next(self) -> Any:
+        if self._streams:
+            seed_streams(mix(self._base, self.read), self._streams)
+        return next(self._source, END)
+
     def more(self) -> bool:
         """Tell whether a sample is left in this epoch; reads at most one loader batch ahead."""
-        if self.left is None and (data := next(self._source, END)) is not END:
+        if self.left is None and not self.again and (data := self._next()) is not END:
             index = self.order.drawn.popleft() if self.order is not None and self.order.drawn else None
-            known = isinstance(index, list) and getattr(self.loader, "in_order", True)
-            self.left, self.read, self.offset = Chunk(data, index if known else None), self.read + 1, 0
-        return self.left is not None
+            known = isinstance(index, list | tuple) and getattr(self.loader, "in_order", True)
+            self.left, self.read, self.offset = Chunk(data, list(index) if known else None), self.read + 1, 0  # type: ignore[arg-type]
+        return self.left is not None or bool(self.again)
 
     def gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
         """Return the batches of one update: joined where they can be, else their parts; fewer at the epoch's end."""
+        if self.again:
+            again, self.again = self.again, []
+            return again
+        self._before = self.read, self.offset, self.left
         if batch_size is None and accumulate == 1 and self.left is not None:
-            only, self.left = [self.left], None
+            only, self.left, self.offset = [self.left], None, 0
             return only
         found: list[Chunk] = []
         for _ in range(accumulate):
@@ -179,6 +129,7 @@ class Feed:
         while wanted != 0 and self.more():
             chunk, self.left = self.left, None
             if wanted is None:
+                self.offset = 0
                 return [chunk]  # type: ignore[list-item]
             chunk = self._measured(chunk)
             take = min(wanted, chunk.size or 0)
@@ -212,17 +163,15 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""
-        left, read = None, self.read
-        if self.left is not None:
-            if plain(self.left.data) and plain(self.left.index):
-                left = [self.left.data, self.left.index, self.left.size]
-            else:
-                read -= 1  # it is read again, and its used samples left out
-        return {"epoch": self.epoch, "read": read, "offset": self.offset, "shape": self._shape, "left": left}
+        read, offset, left = self._before if self.again else (self.read, self.offset, self.left)
+        kept = None if left is None else [left.data, left.index, left.size]
+        if not plain(kept):
+            read, kept = read - 1, None  # it is read again, and its used samples left out
+        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""
-        self.epoch, self.read, self.offset, self._shape = (state[k] for k in ("epoch", "read", "offset", "shape"))
+        self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
 
 
@@ -233,14 +182,14 @@ def piece(chunk: Chunk, start: int, stop: int, cut: batches.Cut | None) -> Chunk
     return Chunk(batches.cut(chunk.data, start, stop, total, cut), index, stop - start)
 
 
-def extent(loader: Any) -> tuple[int | None, int | None]:
-    """Return how many batches and how many samples one pass over the loader gives, None where it can't tell."""
+def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
+    """Return the batches and samples of one pass, None where unknown; `walk` through a custom batch sampler to see."""
     count = _len(loader)
     if isinstance(loader, DataLoader) and count is not None and not isinstance(loader.dataset, IterableDataset):
-        sampler = getattr(loader.batch_sampler, "inner", loader.batch_sampler)
+        sampler = loader.batch_sampler
         if type(sampler) is BatchSampler and (total := _len(sampler.sampler)) is not None:
             return count, total // sampler.batch_size * sampler.batch_size if sampler.drop_last else total
-        if sampler is not None:
+        if sampler is not None and walk:
             with isolated(torch.device("cpu"), 0):
                 return count, sum(len(indices) for indices in sampler)
     if isinstance(loader, Sequence):

@@ -59,9 +59,10 @@ class Goal:
 
 def number(name: str, value: Any) -> float:
     """Return a metric as a float; raises TypeError for what is no single number."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-        return float(value)
-    if isinstance(value, int | float) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
+    if isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            return float(value.detach())
+    elif isinstance(value, int | float) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
         return float(value)
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     raise TypeError(f"metric {name!r} must be one number, not {type(value).__name__}{shape}: {value!r:.60}")

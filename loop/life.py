@@ -46,20 +46,16 @@ class Life:
         check_optimizer(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        if not isinstance(max_skips, int) or max_skips < 1:
-            raise ValueError(f"max_skips must be a whole number of updates, at least 1, not {max_skips!r}")
+        whole("max_skips", max_skips, 1, none=False)
         self.callbacks = tuple(callbacks) if not isinstance(callbacks, Callback) else (callbacks,)
         check(self.callbacks)
-        for callback in self.callbacks:
-            if (owner := getattr(callback, "_loop", None)) is not None and owner() is not None:
-                raise ValueError(f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one")
-            callback._loop = weakref.ref(self)  # type: ignore[attr-defined]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.state = State(model, optimizer, scaler=scaler, device=device)
+        self.state = State(model, optimizer, scaler if scaler is not None and scaler.is_enabled() else None, device=device)
         self.state.rank, self.state.world = rank_and_world()
         self.hooks = table(self.callbacks)
         self.autocast = autocast_context(autocast, device)
         self.weigh, self.cut, self.max_skips, self.resume = weigh, cut, max_skips, resume
+        self.measure = functools.partial(batches.measure, weigh=weigh)
         self.feed, self.train_loss = Feed(cut, self.measure), Mean()
         self.seed: int | None = None
         self.seed_base: int | None = None
@@ -72,6 +68,12 @@ class Life:
         self._skips, self._saved_at = 0, -1
         self._was_set_up = self._entered = self._begun = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
+        self._pass: object = None
+        for callback in self.callbacks:  # last: a construction that failed keeps none
+            if (owner := getattr(callback, "_loop", None)) is not None and owner() is not None:
+                raise ValueError(f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one")
+        for callback in self.callbacks:
+            callback._loop = weakref.ref(self)  # type: ignore[attr-defined]
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -79,6 +81,9 @@ class Life:
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
         state.stop_reason = None
+        state.drop_factors()
+        if state.scaler is not None:  # an error between unscaling and the update would leave it marked as unscaled
+            state.scaler._per_optimizer_states.pop(id(state.optimizer), None)
         try:
             if not self._was_set_up:
                 self._run("on_setup")
@@ -96,10 +101,10 @@ class Life:
             return
         if not self._entered:
             raise RuntimeError("this must run inside `with loop:`")
-        state, self._begun = self.state, True
         if loader is None:
             self._check_around()
-        state.loader = loader
+        state, self._begun = self.state, True
+        state.loader, state.total_steps, state.epoch_samples = loader, None, None
         if not state.model.training:
             state.model.train()
         if loader is not None:
@@ -161,6 +166,9 @@ class Life:
         self.state._saves = []
         for method in self.hooks["on_fit_end"]:
             attempt(functools.partial(method, self.state), method)
+        if self._step is not None and not self._step.updated:
+            self.feed.again = self._step.chunks  # entered again, the run goes on with this very step
+            self._step.release()
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None
         first = error
@@ -191,7 +199,7 @@ class Life:
 
     def _check_closed(self) -> None:
         if self._step is not None and not self._step.updated:
-            self._step = None
+            self.feed.again, self._step = self._step.chunks, None
             raise RuntimeError("a step was left before loop.update(): each `for step in loop.steps(loader)` must end with "
                                "it, and a break may only follow it")  # fmt: skip
 
@@ -203,6 +211,10 @@ class Life:
         self.state.micro = MicroEnd(None, {}, size, None, training, 0, size)
         try:
             return any(self._run("on_exception"))
+        except Exception as problem:  # the first error wins
+            places = "; ".join(getattr(problem, "__notes__", ()))
+            error.add_note(f"then, while handling it: {type(problem).__name__}: {problem} ({places})")
+            return False
         finally:
             self.state.exception = self.state.micro = None
 
@@ -220,15 +232,6 @@ class Life:
         with self.autocast():
             return loss_fn(model, batch)
 
-    def measure(self, data: Any) -> int:
-        """Return a batch's number of samples, or its weight where it shows none; raises TypeError naming the remedy."""
-        if (found := batches.size(data)) is not None:
-            return found
-        if self.weigh is not None:
-            return int(self.weigh(data))
-        raise TypeError(f"no leaf of this {type(data).__name__} shows how many samples it holds: put a tensor with a batch "
-                        "dimension into it, or give Loop(..., weigh=fn)")  # fmt: skip
-
     def constant(self, value: float | Tensor | None, like: Tensor) -> Tensor | None:
         """Return a number as a 0-d tensor like another one, made by a fill, which waits for no device."""
         if value is None or isinstance(value, Tensor):
@@ -239,6 +242,12 @@ class Life:
                 self._constants.clear()
             self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
+
+
+def whole(name: str, value: Any, least: int, none: bool = True) -> None:
+    """Refuse an argument that is neither None (where that may be) nor a whole number from `least` on."""
+    if not (none and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
 
 
 def note(error: BaseException, method: Any, hook: str, step: int) -> None:

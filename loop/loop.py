@@ -1,4 +1,15 @@
-"""The loop: `fit`, the verbs that it is written on, and `updating` for a loop that already exists."""
+"""The loop: `fit`, the verbs that it is written on, and `updating` for a loop that already exists.
+
+One update, in order, with the hooks where they run:
+
+    steps    on_step_start; saves asked for are written; the update's data is gathered
+    step     gradients cleared; the data cut into micro-batches and weighed
+    micro    streams seeded; batch moved; forward, backward; on_micro_end
+             (an error: on_exception, and where one answers True, all from "gradients cleared" again)
+    update   gradients unscaled; on_before_optimizer_step; gradient factors applied; rate factors applied;
+             optimizer.step; rates put back; scaler.update; counted; on_step_end; saves asked for are written
+             (a skipped update: nothing after the decision but scaler.update and its count)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .evaluate import evaluate
-from .life import Life
+from .life import Life, whole
+from .rng import mix
 from .state import State
 from .step import Step
 
@@ -24,8 +36,7 @@ class Loop(Life):
         `loss_fn(model, batch)` returns the mean loss, or a mapping with "loss". A model whose root is in eval mode is
         put into train mode. Validation runs at each epoch's end, or every `validate_every` updates instead.
         """
-        if validate_every is not None and (not isinstance(validate_every, int) or validate_every < 1):
-            raise ValueError(f"validate_every must be a whole number of updates, at least 1, not {validate_every!r}")
+        whole("validate_every", validate_every, 1)
 
         def validate_if_due() -> None:
             step = self.state.step
@@ -49,9 +60,8 @@ class Loop(Life):
 
     def epochs(self, count: int | None = None, *, steps: int | None = None) -> Iterator[int]:
         """Yield epoch numbers until `count` passes or `steps` updates are done, both counted from the run's first."""
-        for name, value in (("epochs", count), ("steps", steps)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{name} must be a whole number, at least 0, not {value!r}")
+        whole("epochs", count, 0)
+        whole("steps", steps, 0)
         if count is None and steps is None:
             raise ValueError("nothing says when to end: give epochs= or steps=")
         if not self._entered:
@@ -64,6 +74,8 @@ class Loop(Life):
             self._phase = ""
             yield self.state.epoch
             self._check_closed()
+            if self._phase == "inside":  # left by a break, the generator still held somewhere
+                self._phase, self._pass = "left" if self.stopped else "exhausted", None
             if self._phase == "exhausted":
                 self.state.epoch += 1
                 self._run("on_epoch_end")
@@ -78,6 +90,7 @@ class Loop(Life):
         """
         self._open_epoch(loader)
         state, feed, self._phase = self.state, self.feed, "inside"
+        self._pass = this = object()
         try:
             while not self.stopped and feed.more():
                 if self.hooks["on_step_start"]:
@@ -90,8 +103,9 @@ class Loop(Life):
                     self._check_closed()
             self._phase = "left" if feed.more() else "exhausted"
         except GeneratorExit:
-            ended = self._step is not None and self._step.updated and not self.stopped
-            self._phase = "exhausted" if ended else "left"
+            if self._pass is this:
+                ended = self._step is not None and self._step.updated and not self.stopped
+                self._phase = "exhausted" if ended else "left"
             raise
 
     def update(self) -> None:
@@ -105,14 +119,19 @@ class Loop(Life):
         step.updated = True
         if applied := self._gradients_final(bool(step.done)):
             before = state.apply_rates()
+            if self.seed_base is not None:  # an optimizer may draw too
+                key = mix(self.seed_base, -1 - state.step - state.skipped)
+                for generator in self.generators:
+                    generator.manual_seed(key)
             try:
                 state.runner.update(self)
             finally:
                 state.restore_rates(before)
         if state.scaler is not None and step.done:
             state.scaler.update()
+        means = step.release()
         if applied:
-            self._count(step.size, step.means(), step.weight)
+            self._count(step.size, means, step.weight)
         else:
             self._count_skipped(step.size)
 
@@ -178,6 +197,7 @@ class Loop(Life):
             if self.hooks["on_before_optimizer_step"]:
                 self._run("on_before_optimizer_step")
         if state._skip is not None:
+            state.skip_reason = state._skip
             state.drop_factors()
             return False
         state.apply_gradient_factors()
@@ -200,7 +220,6 @@ class Loop(Life):
         state = self.state
         state.skipped += 1
         state.samples += samples
-        state.skip_reason, state._skip = state._skip, None
         self._skips += 1
         if self._skips >= self.max_skips:
             raise RuntimeError(f"{self._skips} updates in a row were skipped (max_skips={self.max_skips}); the last "

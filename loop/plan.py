@@ -14,7 +14,7 @@ from .state import State
 def count_steps(callbacks: Iterable[Callback], state: State, epochs: int | None, steps: int | None) -> int | None:
     """Return the updates from a run's first to its end; None where data have no length or a callback measures."""
     shape = [c for c in callbacks if {"batch_size", "accumulate"} & set(c.owns)]
-    batches, samples = extent(state.loader)
+    batches, samples = extent(state.loader, walk=bool(shape))
     state.epoch_samples = samples
     if epochs is None or batches is None or any(c.measured for c in shape):
         return steps

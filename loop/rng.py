@@ -48,6 +48,13 @@ def seed_host(seed: int) -> None:
         numpy.random.seed(seed & 0xFFFFFFFF)
 
 
+def seed_streams(key: int, streams: list[torch.Generator]) -> None:
+    """Seed Python's and NumPy's generators and these of torch's."""
+    seed_host(key)
+    for generator in streams:
+        generator.manual_seed(key)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy if imported, torch and every accelerator."""
     seed_host(seed)

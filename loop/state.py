@@ -77,7 +77,7 @@ class State:
                 group["lr"] = group["lr"].clone()
             if isinstance(group["lr"], Tensor):
                 shared.add(id(group["lr"]))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.rates = self._rates_now()
         self._rate_factors: list[tuple[Group | None, float]] = []
         self._grad_factors: list[float | Tensor] = []
         self._grad_norm: Tensor | None = None
@@ -85,6 +85,7 @@ class State:
         self._skip: str | None = None
         self._saves: list[str] = []
         self._logged: dict[str, Any] = {}
+        self._evaluating = False
 
     def stop(self, reason: str) -> None:
         """End training after this step; the first reason stands."""
@@ -103,7 +104,7 @@ class State:
     def log(self, name: str, value: float | Tensor | Callable[[], Any]) -> None:
         """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported."""
         self._logged[name] = value
-        if not callable(value):
+        if not callable(value) and not self._evaluating:
             self.metrics[name] = value
 
     def report(self, metrics: Mapping[str, Any]) -> None:
@@ -139,7 +140,7 @@ class State:
 
     def drop_factors(self) -> None:
         """Forget what callbacks asked for in an update that is skipped."""
-        self._rate_factors, self._grad_factors, self._grads_open = [], [], False
+        self._rate_factors, self._grad_factors, self._grads_open, self._skip = [], [], False, None
 
     def apply_gradient_factors(self) -> None:
         """Multiply the gradients by the product of what callbacks asked for; sorted, so that their order is free."""
@@ -161,7 +162,7 @@ class State:
         """Multiply every group's rate by its factors in sorted order; return what `restore_rates` puts back."""
         groups, factors = self.optimizer.param_groups, self._rate_factors
         if not factors:
-            self.rates = [group["lr"] for group in groups]
+            self.rates = self._rates_now()
             return None
         self._rate_factors, self.rates, before = [], [], []
         for group in groups:
@@ -175,6 +176,9 @@ class State:
                 group["lr"] = rate * product
                 self.rates.append(group["lr"])
         return before
+
+    def _rates_now(self) -> list[Any]:
+        return [r.clone() if isinstance(r := g["lr"], Tensor) else r for g in self.optimizer.param_groups]
 
     def restore_rates(self, before: list[Any] | None) -> None:
         """Put the rates back, so that whatever scheduler the user has never meets a factor."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import batch as batches
 from .feed import Chunk, piece
 from .outputs import checked, detached, singles, weight_of
-from .rng import mix, seed_host
+from .rng import mix, seed_streams
 
 if TYPE_CHECKING:
     from .life import Life
@@ -60,11 +60,12 @@ class Micro:
         self.outputs = loop.state.runner.backward(loop, loss, self.batch if callable(loss) else None, self._factor)
 
     def __enter__(self) -> Micro:
+        if self._open or self.outputs is not None:
+            raise RuntimeError("a micro-batch may be entered once: its gradient would count twice")
         loop, self._open = self._step.loop, True
         if loop.seed_base is not None:  # so that nothing else that draws can move the training stream
-            key = mix(loop.seed_base, (loop.state.step + loop.state.skipped) * 65536 + self.number)
-            for generator in loop.generators:
-                generator.manual_seed(key)
+            attempt = loop.state.step + loop.state.skipped
+            seed_streams(mix(loop.seed_base, (attempt << 20) + self.number), loop.generators)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -101,8 +102,6 @@ class Step:
         while not self.complete:
             state.optimizer.zero_grad()  # here, not after the update: whatever was left, a step starts from nothing
             self.done, self._redo = [], False
-            if loop.seed_base is not None:
-                seed_host(mix(loop.seed_base, -1 - state.step - state.skipped))
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
             for micro in self._cut():
@@ -135,12 +134,14 @@ class Step:
         if self.loop.snapshot is not None:
             self.loop.snapshot.put_back(error)
 
-    def means(self) -> dict[str, Any]:
-        """Return the weighted mean over the step of the loss and of every other single number."""
-        if len(self.done) == 1:
-            return self.done[0].outputs or {}
-        total: dict[str, Any] = {}
-        for micro in self.done:
-            for name, value in (micro.outputs or {}).items():
-                total[name] = total.get(name, 0) + value * (micro.weight / self.weight)
-        return total
+    def release(self) -> dict[str, Any]:
+        """Let the data go, and return the weighted mean over the step of the loss and of every other single number."""
+        done, self.done, self.chunks = self.done, [], []  # micro-batches point back here: a cycle would keep the data
+        if len(done) == 1:
+            return done[0].outputs or {}
+        means: dict[str, Any] = {}
+        for name in dict.fromkeys(name for micro in done for name in micro.outputs or ()):
+            gave = [(micro.outputs[name], micro.weight) for micro in done if micro.outputs and name in micro.outputs]
+            weight = self.weight if len(gave) == len(done) else sum(w for _, w in gave)
+            means[name] = sum(value * (w / weight) for value, w in gave)
+        return means

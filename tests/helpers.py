@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from hookloop.loop import Loop
 
+torch.set_num_threads(1)  # tests share the cores; two of torch's threads each would wait for one another
+
 
 class Samples(Dataset):
     """`count` samples of 6 features, 3 classes and their own position; counts what is read."""
@@ -53,9 +55,7 @@ def loader(count: int = 50, batch_size: int = 8, dtype: torch.dtype = torch.floa
     return DataLoader(Samples(count, dtype), batch_size=batch_size, **{"shuffle": True, **kwargs})
 
 
-def by_hand(
-    loop: Loop, loss: Any, train: Any, val: Any = None, *, epochs: int | None = None, steps: int | None = None
-) -> Any:
+def by_hand(loop: Loop, loss: Any, train: Any, val: Any = None, *, epochs: int | None = None, steps: int | None = None) -> Any:
     """The hand-written form, as the README shows it."""
     with loop:
         for _ in loop.epochs(epochs, steps=steps):
@@ -68,9 +68,7 @@ def by_hand(
     return loop.state
 
 
-def built_in(
-    loop: Loop, loss: Any, train: Any, val: Any = None, *, epochs: int | None = None, steps: int | None = None
-) -> Any:
+def built_in(loop: Loop, loss: Any, train: Any, val: Any = None, *, epochs: int | None = None, steps: int | None = None) -> Any:
     return loop.fit(loss, train, val, epochs=epochs, steps=steps)
 
 

@@ -128,9 +128,7 @@ def test_skipped_data_is_not_read_again(tmp_path: Path) -> None:
     loop, train = make(tmp_path, kill=5), data()[0]
     with pytest.raises(Killed):
         built_in(loop, loss_fn, train, epochs=1)
-    assert (
-        loop.state.samples == 30
-    )  # the save of step 5 was never made: step 4 stands, with 24 samples in 3 loader batches
+    assert loop.state.samples == 30  # the save of step 5 was never made: step 4 stands, with 24 samples in 3 loader batches
     again = data()[0]
     built_in(make_without_validation(tmp_path), loss_fn, again, epochs=1)
     assert len(again.dataset.read) == 50 - 24
@@ -352,9 +350,7 @@ def test_scaler_is_saved(tmp_path: Path) -> None:
     assert once(None) == 4 * 65536.0 != first
     model = net()
     with pytest.raises(ValueError, match="made with scaler="):
-        built_in(
-            Loop(model, adamw(model), [Checkpoint(tmp_path), KillAt(None)], resume=tmp_path), loss_fn, loader(), steps=9
-        )
+        built_in(Loop(model, adamw(model), [Checkpoint(tmp_path), KillAt(None)], resume=tmp_path), loss_fn, loader(), steps=9)
 
 
 def test_no_warning_where_nothing_is_wrong(tmp_path: Path) -> None:

@@ -53,9 +53,7 @@ def test_honoured_to_the_sample_with_accumulation(form: Any, loader_batch: int) 
     assert state.step == state.total_steps == sum(math.ceil(53 / (2 * size)) for size in (4, 6, 9, 9))
 
 
-@pytest.mark.parametrize(
-    ("scale", "factors"), [("none", [1, 1, 1]), ("linear", [1, 1.5, 2.25]), ("sqrt", [1, 1.5**0.5, 1.5])]
-)
+@pytest.mark.parametrize(("scale", "factors"), [("none", [1, 1, 1]), ("linear", [1, 1.5, 2.25]), ("sqrt", [1, 1.5**0.5, 1.5])])
 def test_rates_follow(scale: Any, factors: list[float]) -> None:
     model = net()
     state = State(model, torch.optim.SGD(model.parameters(), lr=0.25))

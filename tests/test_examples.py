@@ -22,14 +22,10 @@ from hookloop.loop import Loop
 ROOT = Path(__file__).parents[1]
 
 
-def start(
-    example: str, folder: Path, *more: str, python: str = sys.executable, cwd: Path = ROOT
-) -> subprocess.Popen[str]:
+def start(example: str, folder: Path, *more: str, python: str = sys.executable, cwd: Path = ROOT) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
     command = [python, str(ROOT / "examples" / example), "--folder", str(folder), *more]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def table(process: subprocess.Popen[str]) -> dict[str, str]:
@@ -92,9 +88,7 @@ def test_two_loops_in_one_body(tmp_path: Path) -> None:
     g_adam = torch.optim.Adam(generator.parameters(), lr=5e-3, betas=(0.5, 0.9))
     c_adam = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.5, 0.9))
     g_loop = Loop(generator, g_adam, [seed, Warmup(20), ClipGradients(1.0), TensorBoard(tmp_path / "g", every=10)])
-    c_loop = Loop(
-        critic, c_adam, [Warmup(10), TensorBoard(tmp_path / "c", every=10), EarlyStopping("gap", patience=99)]
-    )
+    c_loop = Loop(critic, c_adam, [Warmup(10), TensorBoard(tmp_path / "c", every=10), EarlyStopping("gap", patience=99)])
     bce = nn.functional.binary_cross_entropy_with_logits
     ones, zeros = torch.ones(64, 1), torch.zeros(64, 1)
     with g_loop, c_loop:

@@ -42,9 +42,7 @@ class Gradients(Callback):
         self.seen.append(torch.cat([g.flatten() for g in state.grads]))
 
 
-def gradients(
-    form: Any, train: Any, plan: Any, weigh: Any = None, loss: Any = loss_fn
-) -> tuple[list[torch.Tensor], Any]:
+def gradients(form: Any, train: Any, plan: Any, weigh: Any = None, loss: Any = loss_fn) -> tuple[list[torch.Tensor], Any]:
     model, seen = net(torch.float64, noise=False), Gradients()
     loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.0), [Plan(plan), seen], weigh=weigh)
     return seen.seen, form(loop, loss, train, epochs=1)
@@ -81,9 +79,7 @@ def test_cut_by_tokens(form: Any, tokens: list[int], batch: int, accumulate: int
         return nn.functional.cross_entropy(model(b[0]).flatten(0, 1), b[1].flatten())
 
     train = [(x[i : i + 3], y[i : i + 3]) for i in range(0, len(tokens), 3)]
-    seen, state = gradients(
-        form, train, lambda s: (batch, accumulate, micro), lambda b: (b[1] != -100).sum(), token_loss
-    )
+    seen, state = gradients(form, train, lambda s: (batch, accumulate, micro), lambda b: (b[1] != -100).sum(), token_loss)
     model, size, at = net(torch.float64, noise=False), batch * accumulate, iter(seen)
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
@@ -101,9 +97,7 @@ def test_cut_by_tokens(form: Any, tokens: list[int], batch: int, accumulate: int
 @given(st.integers(1, 60), st.integers(1, 9), st.lists(st.integers(1, 13), min_size=1, max_size=5), st.integers(1, 3),
        st.booleans())  # fmt: skip
 @few
-def test_one_pass_and_told_in_advance(
-    form: Any, count: int, size: int, sizes: list[int], accumulate: int, drop: bool
-) -> None:
+def test_one_pass_and_told_in_advance(form: Any, count: int, size: int, sizes: list[int], accumulate: int, drop: bool) -> None:
     """Over any schedule of batch sizes each sample is used once an epoch, in as many updates as were told."""
     if drop and count < size:
         count += size
@@ -144,9 +138,7 @@ def noiseless(model: nn.Module, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("count", "size", "n"), [(50, 8, 3), (24, 8, 1), (24, 8, 5), (7, 8, 2), (33, 4, {0: 1, 1: 4, 2: 2})]
-)
+@pytest.mark.parametrize(("count", "size", "n"), [(50, 8, 3), (24, 8, 1), (24, 8, 5), (7, 8, 2), (33, 4, {0: 1, 1: 4, 2: 2})])
 def test_told_in_advance_by_batches(form: Any, count: int, size: int, n: Any) -> None:
     model = net()
     loop = Loop(model, adamw(model), [GradientAccumulation(n)])

@@ -38,9 +38,7 @@ def test_validation_equals_torchmetrics_on_the_whole_set(form: Any, size: int | 
 ])  # fmt: skip
 def test_forms_of_the_argument(given: Any) -> None:
     model = net()
-    state = built_in(
-        Loop(model, adamw(model), [Metrics(given)]), plain, loader(), {"a": loader(), "b": loader(9)}, epochs=1
-    )
+    state = built_in(Loop(model, adamw(model), [Metrics(given)]), plain, loader(), {"a": loader(), "b": loader(9)}, epochs=1)
     name = "accuracy" if isinstance(given, MulticlassAccuracy) else "accuracy_of"
     assert {f"val_a_{name}", f"val_b_{name}"} <= state.metrics.keys()
     assert state.metrics[f"val_a_{name}"] != state.metrics[f"val_b_{name}"]
@@ -120,9 +118,7 @@ def test_training_metric_survives_a_resume(tmp_path: Path) -> None:
         for end in ends:
             seed, model = Seed(1), net(seed=1)
             callbacks = [seed, Metrics(two(), training=True), Checkpoint(folder)]
-            state = built_in(
-                Loop(model, adamw(model), callbacks, resume=folder), loss_fn, loader(), loader(), steps=end
-            )
+            state = built_in(Loop(model, adamw(model), callbacks, resume=folder), loss_fn, loader(), loader(), steps=end)
         return state.metrics["train_acc"], state.metrics["train_auroc"]
 
     assert run(tmp_path / "a", 7) == run(tmp_path / "b", 2, 5, 7)

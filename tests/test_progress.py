@@ -294,9 +294,7 @@ def test_no_stream_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("every", [0, -1.0, math.inf, math.nan, True, "30", None])
 def test_bad_settings(every: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"every must be a finite number of seconds above 0, not {re.escape(repr(every))}"
-    ):
+    with pytest.raises(ValueError, match=rf"every must be a finite number of seconds above 0, not {re.escape(repr(every))}"):
         Progress(every=every)
 
 

@@ -98,9 +98,7 @@ def test_every_callback_docstring_says_what_it_does_and_raises() -> None:
 
 
 def test_sizes_stay_small() -> None:
-    for file in (
-        file for part in ("callbacks", "loop", "benchmarks", "examples") for file in ROOT.glob(f"{part}/**/*.py")
-    ):
+    for file in (file for part in ("callbacks", "loop", "benchmarks", "examples") for file in ROOT.glob(f"{part}/**/*.py")):
         lines = len(file.read_text().splitlines())
         assert lines <= (120 if file.parent.name == "callbacks" else 300), f"{file.name}: {lines}"
     assert len(HOOKS) <= 12

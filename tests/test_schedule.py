@@ -396,9 +396,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Any, form: Any, on: str
 
 @pytest.mark.parametrize("instance", [False, True])
 @pytest.mark.parametrize("on", ["epoch", "val_loss"])
-def test_a_run_resumed_at_an_epochs_end_steps_first_and_torch_warns_of_nothing(
-    tmp_path: Any, on: str, instance: bool
-) -> None:
+def test_a_run_resumed_at_an_epochs_end_steps_first_and_torch_warns_of_nothing(tmp_path: Any, on: str, instance: bool) -> None:
     """Its updates were before the restore, which torch can't know."""
 
     def run(callbacks: Any, resume: Any = None) -> list[float]:

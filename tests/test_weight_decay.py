@@ -228,17 +228,13 @@ def test_op1_rule_that_matches_everything() -> None:
 
 def test_op1_rules_that_overlap() -> None:
     assert decays(set_up(Model(), {r"0\.fc": 0.1, "fc": 0.2}))["blocks.0.fc.weight"] == 0.1
-    with pytest.raises(
-        ValueError, match=r"rules has '0\\\\.fc', which decides nothing, since rules before it.*put it first"
-    ):
+    with pytest.raises(ValueError, match=r"rules has '0\\\\.fc', which decides nothing, since rules before it.*put it first"):
         set_up(Model(), {"fc": 0.2, r"0\.fc": 0.1})
 
 
 def test_op1_rule_that_meets_only_what_is_exempt() -> None:
     for rule in (nn.LayerNorm, r"fc\.bias", "temperature", TinyRMSNorm):
-        with pytest.raises(
-            ValueError, match=r"decides only biases, norms and vectors, kept at 0.0 unless exempt=False"
-        ):
+        with pytest.raises(ValueError, match=r"decides only biases, norms and vectors, kept at 0.0 unless exempt=False"):
             set_up(Model(), {rule: 0.1})
 
 
@@ -363,9 +359,7 @@ def test_a_scheduler_built_before_is_refused_where_groups_change(scheduler: bool
     else:
         torch.optim.lr_scheduler.StepLR(optimizer, 1)
     before = [dict(g) for g in optimizer.param_groups]
-    with pytest.raises(
-        ValueError, match=r"a scheduler was built on these.*Schedule\(lambda optimizer, total_steps: ...\)"
-    ):
+    with pytest.raises(ValueError, match=r"a scheduler was built on these.*Schedule\(lambda optimizer, total_steps: ...\)"):
         set_up(model, optimizer=optimizer)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [g["weight_decay"] for g in before]
 
