@@ -58,7 +58,8 @@ def regroup(groups: list[Group], decays: Mapping[Tensor, float]) -> list[Group]:
     for group in groups:
         lists = [k for k in ("params", "param_names") if k in group]
         settings = {k: v for k, v in sorted(group.items()) if k not in (*lists, "weight_decay")}
-        equal = tuple((k, v if isinstance(v, Hashable) else id(v)) for k, v in settings.items())
+        values = {k: str(v.tolist()) if isinstance(v, Tensor) else v for k, v in settings.items()}
+        equal = tuple((k, v if isinstance(v, Hashable) else id(v)) for k, v in values.items())
         for p, i in {p: i for i, p in enumerate(group["params"])}.items():  # once, were it listed twice
             decay = decays.get(p, group["weight_decay"])
             if (equal, decay) not in new:

@@ -204,7 +204,7 @@ def test_a_step_looks_ten_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch
         clock[0] += 0.001
         progress.on_step_end(state)
     assert 9 <= len(looks) <= 11
-    assert progress._seen == {"loss": 2.0}
+    assert progress._seen == {"loss": 2.0, "rate": 0.01}
     clock[0] += 1
     progress.on_step_end(state)
     assert progress._seen["samples/s"] == pytest.approx(10_000 / 2, rel=0.01)
