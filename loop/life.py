@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import sys
 import weakref
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from . import batch as batches
 from . import rng
 from .callback import Callback
+from .checks import autocast_context, check_optimizer, whole
 from .dispatch import AROUND, check, overridden, table
 from .feed import Chunk, Feed
 from .mean import Mean
@@ -30,13 +30,7 @@ from .step import Step
 
 
 class Life:
-    """What `Loop` is made of besides its verbs.
-
-    `autocast`: a dtype, or a function giving a context, for forward only. `scaler`: a `torch.amp.GradScaler`.
-    `weigh(batch)`: what a micro-batch's mean loss is a mean over, a number or 0-d tensor (default: its samples).
-    `cut(batch, start, stop)`: for batches that hookloop can't cut. `resume`: a checkpoint, or a folder of them: the
-    newest good one, a fresh start if there is none. `max_skips`: skipped updates in a row that end the run.
-    """
+    """What `Loop` is made of besides its verbs."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Iterable[Callback] = (), *,
                  resume: str | os.PathLike[str] | None = None,
@@ -244,39 +238,6 @@ class Life:
         return self._constants[key]
 
 
-def whole(name: str, value: Any, least: int, none: bool = True) -> None:
-    """Refuse an argument that is neither None (where that may be) nor a whole number from `least` on."""
-    if not (none and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
-
-
 def note(error: BaseException, method: Any, hook: str, step: int) -> None:
     """Say in which callback's hook an error arose."""
     error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse what is no single torch optimizer that steps without a closure."""
-    if isinstance(optimizer, list | tuple):
-        raise TypeError("optimizer is a list; one Loop has one optimizer: make a Loop for each, in one loop body")
-    if not hasattr(optimizer, "param_groups") or inspect.isclass(optimizer):
-        hint = ": write it with its parameters" if callable(optimizer) else ""
-        raise TypeError(f"optimizer must be a torch optimizer, not {optimizer!r:.60}{hint}")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(f"{type(optimizer).__name__} needs a closure, which a step of several micro-batches can't give; use "
-                        "loop.updating around your own optimizer.step(closure), or another optimizer")  # fmt: skip
-
-
-def autocast_context(autocast: Any, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:
-    """Return what makes the context of a forward; raises ValueError for a dtype that the device can't autocast to."""
-    if not isinstance(autocast, torch.dtype):
-        if autocast is not None and not callable(autocast):
-            raise TypeError(f"autocast must be a dtype or a function that gives a context, not {autocast!r}")
-        return autocast  # type: ignore[no-any-return]
-    can = {torch.bfloat16, torch.float16} if torch.amp.is_autocast_available(device.type) else set()
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        can.discard(torch.bfloat16)
-    if autocast not in can:
-        raise ValueError(f"autocast={autocast} is not there on {device.type}; it has {sorted(map(str, can)) or 'none'}")
-    return lambda: torch.autocast(device.type, autocast)

@@ -19,15 +19,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checks import whole
 from .evaluate import evaluate
-from .life import Life, whole
+from .life import Life
 from .rng import mix
 from .state import State
 from .step import Step
 
 
 class Loop(Life):
-    """Trains `model` with `optimizer`, running callbacks at every hook; see `fit`, or write the loop by hand."""
+    """Trains `model` with `optimizer`, running callbacks at every hook; see `fit`, or write the loop by hand.
+
+    `autocast`: a dtype, or a function giving a context, for forward only. `scaler`: a `torch.amp.GradScaler`.
+    `weigh(batch)`: what a micro-batch's mean loss is a mean over, a number or 0-d tensor (default: its samples, the
+    first dimension of its first tensor); called on the batch as the loader yields it. `cut(batch, start, stop)`: for
+    batches that hookloop can't cut. `resume`: a checkpoint, or a folder of them: the newest good one, a fresh start if
+    there is none. `max_skips`: skipped updates in a row that end the run. Raises TypeError or ValueError for what could
+    only go wrong later: an optimizer that needs a closure, callbacks that share a key or a setting, a misspelt hook.
+    """
 
     def fit(self, loss_fn: Callable[[nn.Module, Any], Any], train_loader: Iterable[Any], val_loader: Any = None, *,
             epochs: int | None = None, steps: int | None = None, validate_every: int | None = None) -> State:  # fmt: skip

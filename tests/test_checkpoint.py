@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
 from torch.utils.data import DataLoader
 
 from hookloop.callbacks import (
@@ -163,22 +163,6 @@ def test_what_is_saved_does_not_depend_on_the_list(first: bool, tmp_path: Path) 
         assert a.name == b.name
         for file in ("model.pt", "state.pt"):
             same(torch.load(a / file, weights_only=True), torch.load(b / file, weights_only=True), file)
-
-
-def same(a: Any, b: Any, path: str) -> None:
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for key in a:
-            same(a[key], b[key], f"{path}[{key!r}]")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 def test_model_file_is_plain(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from helpers import FORMS, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -62,23 +62,6 @@ def saved(folder: Path) -> list[Any]:
         state = torch.load(checkpoint / "state.pt", weights_only=True)
         found.append((checkpoint.name, torch.load(checkpoint / "model.pt", weights_only=True), state))
     return found
-
-
-def same(a: Any, b: Any, path: str = "") -> None:
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for key in a:
-            if key not in ("wall_time", "mark"):
-                same(a[key], b[key], f"{path}[{key!r}]")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 @pytest.fixture(scope="module")
