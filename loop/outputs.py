@@ -67,3 +67,14 @@ def single(value: Any) -> bool:
 def singles(outputs: dict[str, Any]) -> dict[str, Any]:
     """Return the outputs that are one number, without their graph."""
     return {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items() if single(v)}
+
+
+def weighted(values: list[Any], factors: list[Any]) -> Any:
+    """Return the sum of values times factors; a factor known to the host travels as an argument, with no copy."""
+    total = values[0] * factors[0]
+    for value, factor in zip(values[1:], factors[1:], strict=True):
+        if isinstance(total, Tensor) and isinstance(value, Tensor) and not isinstance(factor, Tensor):
+            total.add_(value, alpha=factor)
+        else:
+            total = total + value * factor
+    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import batch as batches
 from .feed import Chunk, piece
-from .outputs import checked, detached, singles, weight_of
+from .outputs import checked, detached, singles, weight_of, weighted
 from .rng import mix, seed_streams
 
 if TYPE_CHECKING:
@@ -143,5 +143,5 @@ class Step:
         for name in dict.fromkeys(name for micro in done for name in micro.outputs or ()):
             gave = [(micro.outputs[name], micro.weight) for micro in done if micro.outputs and name in micro.outputs]
             weight = self.weight if len(gave) == len(done) else sum(w for _, w in gave)
-            means[name] = sum(value * (w / weight) for value, w in gave)
+            means[name] = weighted([value for value, _ in gave], [w / weight for _, w in gave])
         return means
