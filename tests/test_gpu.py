@@ -1,0 +1,87 @@
+"""What only a real accelerator shows; skipped without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from torch import nn
+
+from hookloop.callbacks import (
+    Checkpoint,
+    ClipGradients,
+    DynamicBatchSize,
+    GradientAccumulation,
+    MicroBatch,
+    Seed,
+    TensorBoard,
+    Warmup,
+    WeightDecay,
+)
+from hookloop.loop import Loop
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
+
+
+def make(folder: Path | None = None, **kwargs: Any) -> Loop:
+    seed, model = Seed(5), net(seed=5).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    shaping = [
+        Warmup(5),
+        GradientAccumulation(2),
+        DynamicBatchSize(6, 12),
+        MicroBatch("auto"),
+        ClipGradients(0.3),
+        WeightDecay(),
+    ]
+    watching = [] if folder is None else [TensorBoard(folder, every=3, grad_norm=True), Checkpoint(folder, every=4)]
+    return Loop(model, optimizer, [seed, *shaping, *watching], **kwargs)
+
+
+def test_by_hand_is_built_in_and_watching_is_free(tmp_path: Path) -> None:
+    runs = [(built_in, None), (by_hand, None), (built_in, tmp_path)]
+    found = []
+    for form, folder in runs:
+        loop = make(folder)
+        form(loop, loss_fn, loader(50, 8), loader(20), epochs=3)
+        found.append(bits(loop))
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_step_waits_for_nothing(autocast: Any) -> None:
+    """Pinned batches, every shaping callback: whatever synchronises in a step raises."""
+    loop = make(autocast=autocast)
+    with loop:
+        for _ in loop.epochs(2):
+            for step in loop.steps(loader(96, 8, pin_memory=True)):
+                watched = loop.state.step > 2  # what is compared once lies behind
+                torch.cuda.set_sync_debug_mode("error" if watched else "default")
+                try:
+                    for micro in step:
+                        with micro:
+                            micro.backward(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
+                    loop.update()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_oo13_a_real_lack_of_memory_is_redone_in_smaller_cuts() -> None:
+    """The device's own allocator refuses the whole batch; the step is done all the same, and memory comes back."""
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1)).cuda()
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [MicroBatch("auto")])
+    data = [torch.randn(2**17, 1024) for _ in range(3)]  # half a GiB each, and as much again for each activation
+    torch.cuda.empty_cache()
+    free = torch.cuda.memory_allocated() + 1.2 * 2**30
+    torch.cuda.set_per_process_memory_fraction(free / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        state = built_in(loop, lambda m, b: m(b).square().mean(), data, epochs=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert state.step == 3
+    assert state.micro_batch_size is not None
+    assert state.micro_batch_size < 2**17
