@@ -37,8 +37,11 @@ class Checkpoint(Callback):
             raise ValueError(f"every counts updates: give a whole number, or a timedelta, not {every!r}")
         if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
             raise ValueError(f"keep must be a number of checkpoints, at least 1, or None for all, not {keep!r}")
+        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+            raise ValueError(f"folder must be the path of a folder, such as 'runs/a', not {folder!r}")
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.tracker = None if best is None else Tracker(Goal.of(best))
+        self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
         self.optional = () if every is None else ("on_epoch_end",)
         self._saved_at = time.monotonic()
 
@@ -48,9 +51,12 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.folder):
-            pass
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(f"can't write to folder={str(self.folder)!r}, give another: {error}") from error
         for draft in self.folder.glob(".step-*.part"):
             shutil.rmtree(draft, ignore_errors=True)
         for later in (p for p in store.list_checkpoints(self.folder) if store.step_of(p) > state.step):

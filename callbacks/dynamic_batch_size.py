@@ -43,12 +43,13 @@ class DynamicBatchSize(Callback):
             raise ValueError(f"growth must be a factor above 1, not {growth!r}")
         if not isinstance(every, Goal) and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ValueError(f"every must be a number of epochs, at least 1, or a Goal, not {every!r}")
-        if scale_lr not in RATES:
+        if not isinstance(scale_lr, str) or scale_lr not in RATES:
             raise ValueError(f"scale_lr must be one of {', '.join(RATES)}, not {scale_lr!r}")
         self.initial, self.maximum, self.growth, self.multiple_of = initial, maximum, growth, multiple_of
         self.every, self.rate, self.growths = every, RATES[scale_lr], 0
         self.tracker = Tracker(every) if isinstance(every, Goal) else None
         self.measured = self.tracker is not None
+        self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
 
     def size(self, state: State) -> int:
         """Return the batch size now."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..loop.callback import Callback
+from ..loop.checks import flag
 from ..loop.goal import Goal, Tracker
 from ..loop.state import State
 
@@ -30,9 +31,11 @@ class EarlyStopping(Callback):
         goal = metric if isinstance(metric, Goal) else Goal(metric, mode, patience, min_delta, relative)
         if not isinstance(min_epochs, int) or isinstance(min_epochs, bool) or min_epochs < 0:
             raise ValueError(f"min_epochs must be a whole number of epochs, at least 0, not {min_epochs!r}")
+        flag("restore_best", restore_best)
         if nan not in ("stop", "ignore"):
             raise ValueError(f"nan must be 'stop' or 'ignore', not {nan!r}")
         self.tracker, self.min_epochs, self.restore_best, self.nan = Tracker(goal), min_epochs, restore_best, nan
+        self.watches = (goal.metric,)
         self.optional = () if min_epochs else ("on_epoch_end",)
         self._best: dict[str, Any] | None = None
         self._last: dict[str, Any] | None = None
@@ -71,7 +74,7 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Leave with the best weights."""
-        if self.restore_best and self._best is not None:
+        if self.restore_best and self._best is not None and self._last is None:
             self._last = copy_of(state.model)
             state.model.load_state_dict(self._best)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..loop.batch import move
 from ..loop.callback import Callback
+from ..loop.checks import flag
 from ..loop.state import State
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Metrics(Callback):
                 raise TypeError(f"metrics[{name!r}] must be a torchmetrics.Metric, not {type(metric).__name__}")
         if not named:
             raise TypeError(f"metrics must be a Metric, a MetricCollection or names to Metrics, not {metrics!r}")
+        flag("training", training)
         self.validation: dict[str, Any] = {name: metric.clone() for name, metric in named.items()}
         self.training: dict[str, Any] = {name: metric.clone() for name, metric in named.items()} if training else {}
         self.optional = () if training else ("on_step_end", "on_epoch_end")
@@ -42,6 +44,12 @@ class Metrics(Callback):
         """Put the metrics on the model's device."""
         for metric in (*self.validation.values(), *self.training.values()):
             metric.to(state.device)
+
+    def on_fit_start(self, state: State) -> None:
+        """Have a restored epoch's values reported."""
+        for name, metric in self.training.items():
+            if metric.update_count:
+                state.log(f"train_{name}", metric.compute)
 
     def on_micro_end(self, state: State) -> None:
         """Feed validation's; keep training's until the update is applied, since a step may be redone or skipped."""

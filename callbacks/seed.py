@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..loop.callback import Callback
+from ..loop.checks import flag
 from ..loop.ranks import rank_and_world
 from ..loop.rng import derive, seed_everything
 from ..loop.state import State
@@ -19,7 +20,9 @@ class Seed(Callback):
 
     In training, every micro-batch's forward, the order of each epoch and each sample's augmentation (in any number of
     workers) draw from streams of their own, derived from `seed` and the position; validation, logging or another
-    callback that draws can't move them. Ranks draw distinct noise and share one order of data.
+    callback that draws can't move them. Ranks draw distinct noise and share one order of data. A generator that you gave
+    the loader or its sampler is seeded anew for each epoch. Around a loop of your own it seeds when constructed and keeps
+    validation apart; what your loop draws is yours.
 
     `deterministic=True` turns on `torch.use_deterministic_algorithms` and cuDNN's deterministic mode: some operations
     get slower (10% to several times on a GPU), and those that have no deterministic form raise an error.
@@ -32,6 +35,7 @@ class Seed(Callback):
             raise TypeError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2**64 - 1, not {seed}")
+        flag("deterministic", deterministic)
         self.seed, self.deterministic = seed, deterministic
         if deterministic:
             if torch.cuda.is_initialized() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loop.callback import Callback
+from ..loop.checks import flag
 from ..loop.groups import as_text, describe
 from ..loop.state import Group, State
 
@@ -83,6 +84,7 @@ class WeightDecay(Callback):
     """
 
     def __init__(self, rules: Mapping[Rule, float] = {}, default: float = 0.01, exempt: bool = True) -> None:
+        flag("exempt", exempt)
         if not isinstance(rules, Mapping):
             raise TypeError(f"rules must map expressions or module classes to decays, not {rules!r}; see default=")
         for rule in rules:
@@ -107,8 +109,7 @@ class WeightDecay(Callback):
         new = regroup(groups, decide(state.model, self.rules, self.default, self.exempt))
         moved = [set(group["params"]) for group in groups] != [set(group["params"]) for group in new]
         if moved and any("initial_lr" in group for group in groups):
-            raise ValueError("a scheduler was built on these parameter groups, which WeightDecay splits or joins; "
-                             "build it after, as Schedule(lambda optimizer, total_steps: ...)")  # fmt: skip
+            raise ValueError("a scheduler was built on these groups; build it as Schedule(lambda optimizer, total_steps: ...)")
         groups[:] = new
         self._state = state
 

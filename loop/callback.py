@@ -17,13 +17,16 @@ class Callback:
     `owns`: the plan fields (`"batch_size"`, `"accumulate"`, `"micro_batch_size"`) that it alone decides. One that owns
     `batch_size` or `accumulate` decides in `on_step_start` from `state.step`, `state.epoch` and settings alone, so that
     `state.total_steps` is known in advance, or says `measured = True`. `optional`: hooks it can do without around a
-    loop of the user's own. `key`: its name in checkpoints.
+    loop of the user's own. `key`: its name in checkpoints. `watches`: metrics that it can't do without.
     """
 
     owns: ClassVar[tuple[str, ...]] = ()
     optional: tuple[str, ...] = ()
     measured: bool = False
     key: str = ""
+    watches: tuple[str, ...] = ()
+    _loop: Any = None
+    _used: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -32,8 +35,14 @@ class Callback:
 
     def named(self, key: str) -> Self:
         """Give this callback another key in checkpoints, which a second one of the same class needs."""
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"key must be a string that is not empty, not {key!r}")
         self.key = key
         return self
+
+    def __getstate__(self) -> Any:
+        state = object.__getstate__(self)  # a copy belongs to no Loop
+        return {k: v for k, v in state.items() if k not in ("_loop", "_used")} if isinstance(state, dict) else state
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data: numbers, strings, tensors, and dicts and lists of them."""

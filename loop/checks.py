@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 
 def whole(name: str, value: Any, least: int, none: bool = True) -> None:
@@ -41,3 +42,45 @@ def autocast_context(autocast: Any, device: torch.device) -> Callable[[], contex
     if autocast not in can:
         raise ValueError(f"autocast={autocast} is not there on {device.type}; it has {sorted(map(str, can)) or 'none'}")
     return lambda: torch.autocast(device.type, autocast)
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False, since a string or number would pass for True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Refuse what can't be iterated for batches."""
+    if isinstance(loader, Dataset) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        hint = "; wrap it: DataLoader(dataset, batch_size=...)" if isinstance(loader, Dataset) else ""
+        raise TypeError(f"{name} must give batches when iterated, as a DataLoader does, not a {type(loader).__name__}{hint}")
+
+
+def check_parameters(model: torch.nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer that holds none of the model's parameters: it would train nothing."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ValueError(f"none of the {len(held)} tensors in {type(optimizer).__name__} is a parameter of the model; build it "
+                         "on model.parameters(), after the model was copied or moved")  # fmt: skip
+
+
+def check_validation(callbacks: Iterable[Any], loader: Any) -> None:
+    """Refuse, before a sample is read, validation data that can't be iterated, or that a callback will miss."""
+    each = dict(loader) if isinstance(loader, Mapping) else {} if loader is None else {"": loader}
+    for name, one in each.items():
+        check_loader(f"val_loader[{name!r}]" if name else "val_loader", one)
+    if isinstance(loader, Mapping) and not loader:
+        raise ValueError("val_loader is an empty mapping; give it loaders by name, or leave it out")
+    for callback in callbacks if loader is None else ():
+        if lost := [name for name in callback.watches if name.startswith("val_")]:
+            raise ValueError(f"{type(callback).__name__} watches {lost[0]!r}, but no val_loader is given; give one, or watch "
+                             "'train_loss'")  # fmt: skip
+
+
+def check_end(epochs: Any, steps: Any) -> None:
+    """Refuse a run without an end."""
+    whole("epochs", epochs, 0)
+    whole("steps", steps, 0)
+    if epochs is None and steps is None:
+        raise ValueError("nothing says when to end: give epochs= or steps=")

@@ -11,6 +11,14 @@ from .callback import HOOKS, Callback
 from .state import State
 
 Method = Callable[[State], Any]
+PLAN = ("batch_size", "accumulate", "micro_batch_size")
+ELSEWHERE = {
+    "on_train_batch_start": "on_step_start", "on_train_batch_begin": "on_step_start", "on_step_begin": "on_step_start",
+    "on_train_batch_end": "on_step_end", "on_pre_optimizer_step": "on_before_optimizer_step", "on_evaluate": "on_validation_end",
+    "on_test_end": "on_validation_end", "on_train_begin": "on_fit_start", "on_train_start": "on_fit_start",
+    "on_train_end": "on_fit_end", "on_epoch_begin": "on_epoch_start", "on_train_epoch_start": "on_epoch_start",
+    "on_train_epoch_end": "on_epoch_end",
+}  # fmt: skip
 # Around a loop of the user's own, where steps, epochs and data are not ours, only these run.
 AROUND = {"on_setup", "on_fit_start", "on_micro_end", "on_before_optimizer_step", "on_step_end", "on_validation_end",
           "on_fit_end"}  # fmt: skip
@@ -33,9 +41,13 @@ def check(callbacks: Iterable[Callback]) -> None:
             raise TypeError(f"callbacks holds {callback!r}, which is no Callback instance{hint}")
         for attribute in dir(callback):
             if attribute.startswith("on_") and attribute not in HOOKS and callable(getattr(callback, attribute)):
-                near = (difflib.get_close_matches(attribute, HOOKS, 1, 0) or HOOKS)[0]
+                near = ELSEWHERE.get(attribute) or (difflib.get_close_matches(attribute, HOOKS, 1, 0) or HOOKS)[0]
                 raise TypeError(f"{name}.{attribute} is no hook and would never run; the closest hook is {near}")
+        if isinstance(callback.owns, str) or any(o.isidentifier() and o not in PLAN for o in callback.owns):
+            raise ValueError(f"{name}.owns must be a tuple of names among {', '.join(PLAN)}, not {callback.owns!r}")
         for hook in overridden(callback):
+            if inspect.iscoroutinefunction(getattr(callback, hook)) or inspect.isgeneratorfunction(getattr(callback, hook)):
+                raise TypeError(f"{name}.{hook} is async or a generator, so calling it would run nothing; write a plain def")
             try:
                 inspect.signature(getattr(callback, hook)).bind(None)
             except TypeError as error:

@@ -45,7 +45,7 @@ class Feed:
         self._base = 0
 
     def attach(self, loader: Any) -> None:
-        """Take a loader; refuse data that a resumed position does not fit."""
+        """Take a loader."""
         if loader is self.loader:
             return
         self.detach()
@@ -53,11 +53,6 @@ class Feed:
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self.order = Order(loader)
             self._shape = {"samples in the data set": _len(loader.dataset), "batch size of the loader": loader.batch_size}
-        promised, self._promised = self._promised, {}
-        for name, value in self._shape.items():
-            if promised.get(name, value) != value:
-                raise ValueError(f"the checkpoint was made with {promised[name]} {name}, not {value}; "
-                                 "resume with the same data, or start afresh in another folder")  # fmt: skip
 
     def detach(self) -> None:
         """Let the loader go, with its workers; an iterator, which can't be begun again, is kept."""
@@ -68,7 +63,15 @@ class Feed:
         self.loader = self.order = None
 
     def open(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
-        """Start the epoch's iteration at the kept position: skipped without reading, where the order is ours."""
+        """Start the epoch's iteration at the kept position: skipped without reading, where the order is ours.
+
+        Raises ValueError for data that a position inside the epoch does not fit.
+        """
+        promised, self._promised = self._promised, {}
+        for name, value in self._shape.items() if self.epoch == epoch else ():
+            if promised.get(name, value) != value:
+                raise ValueError(f"the checkpoint was made with {promised[name]} {name}, not {value}; "
+                                 "resume with the same data, or start afresh in another folder")  # fmt: skip
         if self.epoch != epoch:
             self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
@@ -77,7 +80,8 @@ class Feed:
         self._streams, self._base = [], derive(seed, "read", epoch, rank)
         with isolated(device, derive(seed, "loader", epoch, rank)):
             if self.order is not None:
-                self._source = self.order.iterate(seed, epoch, read, seeds_samples)
+                # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
+                self._source = self.order.iterate(seed, epoch, read, seeds_samples or self.loader.num_workers > 0)
             else:
                 self._source = iter(self.loader)
                 ahead = list(itertools.islice(self._source, 1))  # many draw their order with the first batch
@@ -111,6 +115,13 @@ class Feed:
             again, self.again = self.again, []
             return again
         self._before = self.read, self.offset, self.left
+        try:
+            return self._gather(batch_size, accumulate)
+        except BaseException:
+            self.read, self.offset, self.left = self._before  # entered again, the run reads them again
+            raise
+
+    def _gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
         if batch_size is None and accumulate == 1 and self.left is not None:
             only, self.left, self.offset = [self.left], None, 0
             return only
@@ -164,7 +175,7 @@ class Feed:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""
         read, offset, left = self._before if self.again else (self.read, self.offset, self.left)
-        kept = None if left is None else [left.data, left.index, left.size]
+        kept = None if left is None else [batches.walk(left.data, own), left.index, left.size]
         if not plain(kept):
             read, kept = read - 1, None  # it is read again, and its used samples left out
         return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept}
@@ -173,6 +184,11 @@ class Feed:
         """Take a position back; `open` goes there."""
         self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
+
+
+def own(x: Any, path: str) -> Any:
+    """Return a tensor without the storage that it is a view of."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested else x
 
 
 def piece(chunk: Chunk, start: int, stop: int, cut: batches.Cut | None) -> Chunk:

@@ -34,7 +34,13 @@ class Goal:
             raise ValueError(f"mode must be 'min' or 'max', not {self.mode!r}")
         if not isinstance(self.patience, int) or isinstance(self.patience, bool) or self.patience < 0:
             raise ValueError(f"patience must be a whole number of reports, at least 0, not {self.patience!r}")
-        if not (isinstance(self.min_delta, int | float) and math.isfinite(self.min_delta) and self.min_delta >= 0):
+        if not isinstance(self.relative, bool):
+            raise TypeError(f"relative must be True or False (min_delta= is the share), not {self.relative!r}")
+        if (
+            isinstance(self.min_delta, bool)
+            or not isinstance(self.min_delta, int | float)
+            or not 0 <= self.min_delta < math.inf
+        ):
             raise ValueError(f"min_delta must be finite and at least 0 (mode= gives direction), not {self.min_delta!r}")
 
     @classmethod

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from . import batch as batches
 from . import rng
 from .callback import Callback
-from .checks import autocast_context, check_optimizer, whole
-from .dispatch import AROUND, check, overridden, table
+from .checks import autocast_context, check_loader, check_optimizer, check_parameters, whole
+from .dispatch import AROUND, PLAN, check, overridden, table
 from .feed import Chunk, Feed
 from .mean import Mean
 from .plan import count_steps
@@ -41,6 +41,13 @@ class Life:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         whole("max_skips", max_skips, 1, none=False)
+        for name, value in (("weigh", weigh), ("cut", cut)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be a function, not {value!r}")
+        if scaler is not None and not hasattr(scaler, "is_enabled"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, not {scaler!r}")
+        if not isinstance(callbacks, Iterable | Callback):
+            raise TypeError(f"callbacks must be a list of callbacks, not {callbacks!r}")
         self.callbacks = tuple(callbacks) if not isinstance(callbacks, Callback) else (callbacks,)
         check(self.callbacks)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -64,10 +71,10 @@ class Life:
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
         self._pass: object = None
         for callback in self.callbacks:  # last: a construction that failed keeps none
-            if (owner := getattr(callback, "_loop", None)) is not None and owner() is not None:
+            if callback._used or (callback._loop is not None and callback._loop() is not None):
                 raise ValueError(f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one")
         for callback in self.callbacks:
-            callback._loop = weakref.ref(self)  # type: ignore[attr-defined]
+            callback._loop = weakref.ref(self)
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -80,6 +87,9 @@ class Life:
             state.scaler._per_optimizer_states.pop(id(state.optimizer), None)
         try:
             if not self._was_set_up:
+                for callback in self.callbacks:
+                    callback._used = True
+                check_parameters(state.model, state.optimizer)
                 self._run("on_setup")
                 if self.resume is not None:
                     restore(self, self.resume)
@@ -97,6 +107,8 @@ class Life:
             raise RuntimeError("this must run inside `with loop:`")
         if loader is None:
             self._check_around()
+        else:
+            check_loader("train_loader", loader)
         state, self._begun = self.state, True
         state.loader, state.total_steps, state.epoch_samples = loader, None, None
         if not state.model.training:
@@ -107,7 +119,8 @@ class Life:
         if state.seed is not None:
             self.seed = state.seed
         elif self.seed is None:  # one draw, as iterating a DataLoader makes, says this run's order
-            self.seed = int(torch.empty((), dtype=torch.int64).random_())
+            drawn, own = int(torch.empty((), dtype=torch.int64).random_()), getattr(loader, "generator", None)
+            self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
         self.generators = rng.generators(state.device)
         self.seed_base = None if state.seed is None else rng.derive(state.seed, "step", state.rank)
         if self.snapshot is None and self.hooks["on_exception"]:
@@ -136,7 +149,8 @@ class Life:
 
     def _check_around(self) -> None:
         for callback in self.callbacks:
-            if missing := sorted(overridden(callback) - AROUND - set(callback.optional)):
+            missing = sorted(overridden(callback) - AROUND - set(callback.optional))
+            if missing := missing or [f"to decide state.{setting}" for setting in callback.owns if setting in PLAN]:
                 raise ValueError(f"{type(callback).__name__} needs {', '.join(missing)}, which does not run around a loop "
                                  "of your own; use loop.fit or loop.epochs, loop.steps, or leave it out")  # fmt: skip
 
@@ -183,6 +197,22 @@ class Life:
                 note(error, method, hook, self.state.step)
                 raise
         return answers
+
+    def _plan(self) -> None:
+        """Let callbacks plan the next update; refuse a plan that can't be, or that its callback does not own."""
+        state, before = self.state, self._plan_fields()
+        self._run("on_step_start")
+        if (after := self._plan_fields()) == before:
+            return
+        for name, value in after.items():
+            if value != before[name]:
+                whole(f"state.{name}", value, 1, none=name != "accumulate")
+                if name != "micro_batch_size" and not any(name in callback.owns for callback in self.callbacks):
+                    raise ValueError(f"state.{name} was set to {value!r} by a callback that does not name it in owns, so that "
+                                     f"state.total_steps ({state.total_steps}) is wrong: owns = ({name!r},)")  # fmt: skip
+
+    def _plan_fields(self) -> dict[str, Any]:
+        return {name: getattr(self.state, name) for name in PLAN}
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import whole
+from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .life import Life
 from .rng import mix
@@ -46,6 +46,9 @@ class Loop(Life):
         put into train mode. Validation runs at each epoch's end, or every `validate_every` updates instead.
         """
         whole("validate_every", validate_every, 1)
+        check_end(epochs, steps)
+        check_loader("train_loader", train_loader)
+        check_validation(self.callbacks, val_loader)
 
         def validate_if_due() -> None:
             step = self.state.step
@@ -69,10 +72,7 @@ class Loop(Life):
 
     def epochs(self, count: int | None = None, *, steps: int | None = None) -> Iterator[int]:
         """Yield epoch numbers until `count` passes or `steps` updates are done, both counted from the run's first."""
-        whole("epochs", count, 0)
-        whole("steps", steps, 0)
-        if count is None and steps is None:
-            raise ValueError("nothing says when to end: give epochs= or steps=")
+        check_end(count, steps)
         if not self._entered:
             raise RuntimeError("loop.epochs must run inside `with loop:`")
         self._end = (count, steps)
@@ -101,15 +101,21 @@ class Loop(Life):
         state, feed, self._phase = self.state, self.feed, "inside"
         self._pass = this = object()
         try:
-            while not self.stopped and feed.more():
+            while not self.stopped:
+                if state._saves:  # what was asked for since the update, before anything else is read
+                    self._flush()
+                if not feed.more():
+                    break
                 if self.hooks["on_step_start"]:
-                    self._run("on_step_start")
+                    self._plan()
                 if state._saves:
                     self._flush()
                 self._step = step = Step(self, feed.gather(state.batch_size, state.accumulate))
                 yield step
                 if not step.updated:
                     self._check_closed()
+            if state._saves:
+                self._flush()
             self._phase = "left" if feed.more() else "exhausted"
         except GeneratorExit:
             if self._pass is this:
@@ -125,8 +131,9 @@ class Loop(Life):
         if not step.complete:
             raise RuntimeError("loop.update() before every micro-batch went backward: `for micro in step: with micro: "
                                "micro.backward(loss_fn)` must run to its end")  # fmt: skip
-        step.updated = True
-        if applied := self._gradients_final(bool(step.done)):
+        applied = self._gradients_final(bool(step.done))
+        step.updated = True  # not before: a hook that raises leaves a step to be done again
+        if applied:
             before = state.apply_rates()
             if self.seed_base is not None:  # an optimizer may draw too
                 key = mix(self.seed_base, -1 - state.step - state.skipped)
@@ -145,12 +152,19 @@ class Loop(Life):
             self._count_skipped(step.size)
 
     @contextlib.contextmanager
-    def updating(self, loss: Tensor | None = None, samples: int = 0) -> Iterator[None]:
+    def updating(self, loss: Tensor | float | None = None, samples: int = 0) -> Iterator[None]:
         """Run callbacks around `optimizer.step()` in a loop of your own; `loss` is what TensorBoard and others show.
 
         With `scaler=` gradients are unscaled first. A skipped update takes the gradients away (`p.grad = None`), so
         that the optimizer's step does nothing.
         """
+        if self._phase == "inside":
+            raise RuntimeError("loop.updating inside loop.steps would apply the step twice; loop.update() applies it")
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
+            raise ValueError(f"samples must be a whole number, at least 0, not {samples!r}")
+        shown = {} if loss is None else {"loss": loss.detach() if isinstance(loss, Tensor) else float(loss)}
+        if isinstance(loss, Tensor) and loss.dim():
+            raise ValueError(f"loss must be a 0-d tensor or a number, not shape {tuple(loss.shape)}")
         self._begin(None)
         if applied := self._gradients_final(True):
             before = self.state.apply_rates()
@@ -162,7 +176,7 @@ class Loop(Life):
             self.state.optimizer.zero_grad(set_to_none=True)
             yield
         if applied:
-            self._count(samples, {} if loss is None else {"loss": loss.detach()}, samples or 1)
+            self._count(samples, shown, samples or 1)
         else:
             self._count_skipped(samples)
 

@@ -45,7 +45,16 @@ class SeededIndex(int):
         return unpickle_index, (int(self), self.base)
 
 
-def unpickle_index(index: int, base: int) -> int:
+class SeededBatch(list[Any]):
+    """Indices that the data set takes whole: they seed when a worker unpickles them."""
+
+    base: int
+
+    def __reduce__(self) -> Any:
+        return unpickle_index, (list(self), self.base)
+
+
+def unpickle_index(index: Any, base: int) -> Any:
     """Return the index, in the worker that is about to read its sample."""
     seed_sample(base, index)
     return index
@@ -105,7 +114,7 @@ class Order:
         if self.slot == "batch_sampler":
             return SeededIndices(drawn, base)
         seed_sample(base, drawn)
-        if type(drawn) is int:
-            drawn = SeededIndex(drawn)
+        if type(drawn) in (int, list):
+            drawn = SeededIndex(drawn) if type(drawn) is int else SeededBatch(drawn)
             drawn.base = base
         return drawn

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from .callback import Callback
+from .checks import whole
 from .dispatch import overridden
 from .feed import extent
 from .state import State
@@ -23,15 +24,18 @@ def count_steps(callbacks: Iterable[Callback], state: State, epochs: int | None,
         return total if steps is None else min(total, steps)
     hooks = [c.on_step_start for c in shape if "on_step_start" in overridden(c)]
     shadow = State(state.model, state.optimizer, loader=state.loader)
-    # Data whose samples can't be counted are counted in loader batches of one.
-    unit = 1 if samples is None else getattr(state.loader, "batch_size", None) or math.ceil(samples / max(1, batches))
-    held = batches if samples is None else samples
+    # Where nobody sets a batch size, or samples can't be counted, an epoch is counted in loader batches.
+    by_samples = samples is not None and any("batch_size" in c.owns for c in shape)
+    unit = (getattr(state.loader, "batch_size", None) or math.ceil((samples or 0) / max(1, batches))) if by_samples else 1
+    held = samples if by_samples and samples is not None else batches
     for shadow.epoch in range(epochs):
         used = 0
         while used < held and (steps is None or shadow.step < steps):
             for hook in hooks:
                 hook(shadow)
-            if shadow.batch_size is not None and samples is None:
+            whole("state.accumulate", shadow.accumulate, 1, none=False)
+            whole("state.batch_size", shadow.batch_size, 1)
+            if shadow.batch_size is not None and not by_samples:
                 return steps
             for _ in range(shadow.accumulate):
                 used = (used // unit + 1) * unit if shadow.batch_size is None else used + shadow.batch_size

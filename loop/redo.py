@@ -12,21 +12,15 @@ from .state import State
 
 
 class Snapshot:
-    """Kept from a step's start; which buffers a forward changes (BatchNorm's, say) is compared once, after the first."""
+    """Kept from a step's start: buffers by name, since a forward may fill or rebind them (BatchNorm bumps no version)."""
 
     def __init__(self, state: State) -> None:
-        self.generators = generators(state.device)
-        self.buffers = list({id(b): b for b in state.model.buffers()}.values())
-        self.kept: list[Tensor] = []
-        self.compared = False
+        self.generators, self.model = generators(state.device), state.model
 
     def take(self, chunks: list[Chunk]) -> None:
         """Remember the moment before a step's first forward."""
-        if not self.compared and self.kept:
-            changed = [not torch.equal(a, b) for a, b in zip(self.buffers, self.kept, strict=True)]
-            self.buffers = [b for b, moved in zip(self.buffers, changed, strict=True) if moved]
-            self.compared = True
-        self.kept = [buffer.clone() for buffer in self.buffers]
+        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items() if b is not None]
+        self.buffers = [(owner, name, buffer, buffer.clone()) for owner, name, buffer in held]
         self.states = [generator.get_state() for generator in self.generators]
         found = [(path, x) for chunk in chunks for path, x in leaves(chunk.data) if isinstance(x, Tensor)]
         self.versions = [(path, x, x._version) for path, x in found if not x.is_inference()]
@@ -37,8 +31,9 @@ class Snapshot:
             if x._version != version:
                 raise RuntimeError(f"the step can't be redone: {path} was changed in place by the forward; "
                                    "change a copy of it instead") from error  # fmt: skip
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
-            buffer.copy_(kept)
-        self.kept = []  # which buffers change is told by a whole step only
+        with torch.no_grad():
+            for owner, name, buffer, kept in self.buffers:
+                buffer.copy_(kept)
+                owner[name] = buffer
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)

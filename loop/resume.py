@@ -7,7 +7,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from . import rng
-from .store import disk
+from .batch import move
+from .store import disk, plain
 
 if TYPE_CHECKING:
     from .life import Life
@@ -27,7 +28,8 @@ def capture(loop: Life) -> dict[str, Any]:
             "rng": rng.snapshot(state.device),
             "data": loop.feed.state_dict(),
             "train_loss": loop.train_loss.state_dict(),
-            "reported": [state.reported_at, {k: v for k, v in state.metrics.items() if k in state.reported}],
+            "metrics": {name: value for name, value in state.metrics.items() if plain(value)},
+            "reported": [state.reported_at, sorted(state.reported)],
             "seed": loop.seed,
         },
     }
@@ -51,12 +53,14 @@ def restore(loop: Life, path: str | os.PathLike[str]) -> None:
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.scaler is not None:
         state.scaler.load_state_dict(saved["scaler"])
+    state.rates = [group["lr"] for group in state.optimizer.param_groups]
     for name, value in saved["progress"].items():
         setattr(state, name, value)
     for key, value in saved["callbacks"].items():
         mine[key].load_state_dict(value)
     loop.feed.load_state_dict(saved["data"])
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
-    state.reported_at, state.metrics = saved["reported"][0], dict(saved["reported"][1])
-    state.reported, loop.seed, loop.rng_to_restore = set(state.metrics), saved["seed"], saved["rng"]
+    state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
+    state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], saved["rng"]
+    loop._saved_at = state.step
     rng.restore(saved["rng"], state.device)

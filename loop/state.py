@@ -103,12 +103,16 @@ class State:
 
     def log(self, name: str, value: float | Tensor | Callable[[], Any]) -> None:
         """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported."""
+        if not (callable(value) or isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())):
+            raise TypeError(f"log({name!r}) takes a number, a 0-d tensor or a function that gives one, not {value!r:.60}")
         self._logged[name] = value
         if not callable(value) and not self._evaluating:
             self.metrics[name] = value
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) and what functions were logged into `state.metrics` as floats, for the last ones."""
+        if odd := [name for name in metrics if not isinstance(name, str)]:
+            raise TypeError(f"metrics must map names to numbers; {odd[0]!r} is no name")
         found = {**metrics, **{name: value() for name, value in self._logged.items() if callable(value)}}
         self._logged = {}
         for name in self.reported:

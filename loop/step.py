@@ -137,6 +137,8 @@ class Step:
     def release(self) -> dict[str, Any]:
         """Let the data go, and return the weighted mean over the step of the loss and of every other single number."""
         done, self.done, self.chunks = self.done, [], []  # micro-batches point back here: a cycle would keep the data
+        for micro in done:
+            micro._chunk = Chunk(None)
         if len(done) == 1:
             return done[0].outputs or {}
         means: dict[str, Any] = {}

@@ -366,6 +366,8 @@ def test_dl7_what_differs_is_not_joined(parts: tuple[Any, Any]) -> None:
 class Cuts(Callback):
     """Sets sizes, and keeps what went through."""
 
+    owns = ("batch_size", "micro_batch_size")
+
     def __init__(self, micro: int | None = None, batch: int | None = None) -> None:
         self.micro, self.size, self.seen = micro, batch, list[Any]()
 

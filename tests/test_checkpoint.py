@@ -127,24 +127,12 @@ def test_resumes_without_seed(tmp_path: Path) -> None:
 def test_skipped_data_is_not_read_again(tmp_path: Path) -> None:
     loop, train = make(tmp_path, kill=5), data()[0]
     with pytest.raises(Killed):
-        built_in(loop, loss_fn, train, epochs=1)
+        built_in(loop, loss_fn, train, data()[1], epochs=1)
     assert loop.state.samples == 30  # the save of step 5 was never made: step 4 stands, with 24 samples in 3 loader batches
     again = data()[0]
-    built_in(make_without_validation(tmp_path), loss_fn, again, epochs=1)
+    built_in(make(tmp_path), loss_fn, again, data()[1], epochs=1)
     assert len(again.dataset.read) == 50 - 24
     assert not set(train.dataset.read[:24]) & set(again.dataset.read)
-
-
-def make_without_validation(folder: Path) -> Loop:
-    loop = make(folder)
-    keep = [c for c in loop.callbacks if not isinstance(c, EarlyStopping | Checkpoint)]
-    for callback in keep:
-        del callback._loop
-    stop, save = (
-        EarlyStopping("train_loss", patience=9, restore_best=True),
-        Checkpoint(folder, every=1, keep=None, best="train_loss"),
-    )
-    return Loop(loop.state.model, loop.state.optimizer, [*keep, stop, save], resume=folder)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -1333,20 +1333,23 @@ def test_cb4_in_two_loops_at_once() -> None:
     assert first.fit(loss_fn, train(), epochs=1).step == 3
 
 
-def test_a_callback_is_free_once_its_loop_is_gone() -> None:
-    """No cycle keeps a Loop alive: `del loop` frees it, its model's memory and its callbacks."""
+def test_a_loop_is_gone_with_its_last_reference_and_a_used_callback_stays_used() -> None:
+    """No cycle keeps a Loop alive, nor its model's memory; what a callback learnt there must not go on elsewhere."""
     import gc
     import weakref
 
     gc.disable()
     try:
-        warmup = Warmup(3)
+        warmup, unused = Warmup(3), Warmup(3)
         loop = make(warmup)
         loop.fit(loss_fn, train(), val(), epochs=1)
         gone = weakref.ref(loop.state.model)
         del loop
         assert gone() is None
-        make(warmup)
+        with pytest.raises(ValueError, match="belongs to another Loop"):
+            make(warmup)
+        make(unused)
+        make(unused)
     finally:
         gc.enable()
 

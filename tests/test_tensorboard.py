@@ -129,8 +129,8 @@ def test_reports_and_step_values_have_tags_of_their_own(tmp_path: Path) -> None:
     class Logs(Callback):
         def on_step_end(self, state: State) -> None:
             state.log("temperature", 0.5 + state.step)
-            state.log("words", "not a number")
-            state.log("vector", torch.ones(3))
+            state.metrics["words"] = "not a number"
+            state.metrics["vector"] = torch.ones(3)
 
     model = net()
     loop = Loop(model, adamw(model), [TensorBoard(tmp_path, every=2), Logs(), EarlyStopping("train_loss", 9)])

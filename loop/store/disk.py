@@ -61,8 +61,9 @@ def write(folder: Path, step: int, model: dict[str, Any], state: dict[str, Any],
     for name, part in (("model", model), ("state", state)):
         if where := not_plain(part, name):
             raise TypeError(f"can't save {where}; state_dict() must give plain data: numbers, strings, tensors, lists, dicts")
-    count = sum(1 for p in list_checkpoints(folder) if step_of(p) == step)
-    target = folder / (f"step-{step:08d}" + (f".{count + 1}" if count else ""))
+    there = [m for p in folder.glob(f"*step-{step:08d}*") if (m := NAME.search(p.name))]
+    last = max((int(m[2] or 1) for m in there), default=0)  # not their count: older ones may be gone
+    target = folder / (f"step-{step:08d}" + (f".{last + 1}" if last else ""))
     draft = folder / f".{target.name}.part"  # beside the target: a rename across file systems is a copy
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -114,11 +115,17 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
 
 def read(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     """Return what `resume=` names: one checkpoint (or a file in it), or the newest good one in a folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"resume must be the path of a checkpoint or of a folder of them, not {path!r}")
     place = Path(path)
     if place.is_file():
         place = place.parent
-    if NAME.fullmatch(place.name) or place.suffix == ".pt":
-        if not place.is_dir():
-            raise FileNotFoundError(f"resume={str(path)!r}: there is no such checkpoint")
+        if not NAME.fullmatch(place.name):
+            raise ValueError(f"resume={str(path)!r} is no checkpoint of hookloop; load weights with model.load_state_dict")
+    there = [checkpoint.name for checkpoint in list_checkpoints(place.parent)]
+    inside = place.name.startswith("step-") or NAME.fullmatch(place.parent.name) is not None
+    if inside or place.suffix == ".pt" or (there and not place.is_dir()):
+        if not NAME.fullmatch(place.name) or not place.is_dir():
+            raise FileNotFoundError(f"resume={str(path)!r}: there is no such checkpoint; beside it are {there or 'none'}")
         return (place, *load(place))
     return newest(place)
