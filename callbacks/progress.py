@@ -69,7 +69,7 @@ class Progress(Callback):
             self._host.put(None, {"loss": state.metrics.get("loss"), "rate": state.rates[0] if state.rates else None})
         for _, seen in self._host.take(all):
             self._seen |= seen
-        found = {k: v for k, v in state.metrics.items() if k.startswith("val_") or k == "early_stopping"}
+        found = {k: v for k, v in sorted(state.metrics.items(), reverse=True) if k.startswith("val_") or k == "early_stopping"}
         seconds, samples = self._now - self._mark[0], state.samples - self._mark[1]
         if samples and seconds > (0.0 if all else 1.0):
             self._seen["samples/s"], self._mark = samples / seconds, (self._now, state.samples)
