@@ -18,8 +18,8 @@ from ..loop.state import State
 class Seed(Callback):
     """Makes a run repeatable: seeds when constructed, so that it covers the model's initial weights built after it.
 
-    In training, every micro-batch's forward, the order of each epoch and each sample's augmentation (in any number of
-    workers) draw from streams of their own, derived from `seed` and the position; validation, logging or another
+    In training, every micro-batch's forward, the order of each epoch and each loader batch's augmentation (in any number
+    of workers) draw from streams of their own, derived from `seed` and the position; validation, logging or another
     callback that draws can't move them. Ranks draw distinct noise and share one order of data. A generator that you gave
     the loader or its sampler is seeded anew for each epoch. Around a loop of your own it seeds when constructed and keeps
     validation apart; what your loop draws is yours.

@@ -1,9 +1,8 @@
-"""The order of a map-style DataLoader's samples, and each sample's randomness, drawn from (seed, epoch) alone."""
+"""The order of a map-style DataLoader's samples, and each batch's randomness, drawn from (seed, epoch) alone."""
 
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -14,50 +13,28 @@ from torch.utils.data import DataLoader
 from .rng import derive, isolated, mix, seed_streams
 
 
-def seed_sample(base: int, index: Any) -> None:
-    """Seed all generators of this process for one sample."""
-    key = mix(base, index if isinstance(index, int) else zlib.crc32(repr(index).encode()))
-    seed_streams(key, [torch.default_generator])
+class SeededBatch(list[Any]):
+    """A batch of indices that seeds all generators of the worker that unpickles it, just before it reads the samples."""
 
+    key: int
 
-class SeededIndices(list[Any]):
-    """A list of indices that seeds all generators for each sample, wherever it is walked: here or in a worker."""
-
-    def __init__(self, indices: Any, base: int) -> None:
-        super().__init__(indices)
-        self.base = base
-
-    def __iter__(self) -> Iterator[Any]:
-        for index in super().__iter__():
-            seed_sample(self.base, index)
-            yield index
-
-    def __reduce__(self) -> Any:  # the default one walks the list, here in the parent
-        return SeededIndices, (list(super().__iter__()), self.base)
+    def __reduce__(self) -> Any:
+        return unpickle, (list(self), self.key)
 
 
 class SeededIndex(int):
-    """One index, where nothing is collated: it seeds when a worker unpickles it; `Order` seeds where there is none."""
+    """One index, where nothing is collated, that does the same."""
 
-    base: int
-
-    def __reduce__(self) -> Any:
-        return unpickle_index, (int(self), self.base)
-
-
-class SeededBatch(list[Any]):
-    """Indices that the data set takes whole: they seed when a worker unpickles them."""
-
-    base: int
+    key: int
 
     def __reduce__(self) -> Any:
-        return unpickle_index, (list(self), self.base)
+        return unpickle, (int(self), self.key)
 
 
-def unpickle_index(index: Any, base: int) -> Any:
-    """Return the index, in the worker that is about to read its sample."""
-    seed_sample(base, index)
-    return index
+def unpickle(indices: Any, key: int) -> Any:
+    """Return the indices, in the worker that is about to read their samples."""
+    seed_streams(key, [torch.default_generator])
+    return indices
 
 
 class Order:
@@ -106,15 +83,17 @@ class Order:
                     generator.manual_seed(self.seed)
             iterator = iter(self.inner)
             first = list(itertools.islice(iterator, 1))
-        for drawn in itertools.islice(itertools.chain(first, iterator), self.skip, None):
+        for number, drawn in itertools.islice(enumerate(itertools.chain(first, iterator)), self.skip, None):
             self.drawn.append(drawn)
-            yield drawn if self.base is None else self._seeded(drawn, self.base)
+            yield drawn if self.base is None else self._seeded(drawn, mix(self.base, number))
 
-    def _seeded(self, drawn: Any, base: int) -> Any:
-        if self.slot == "batch_sampler":
-            return SeededIndices(drawn, base)
-        seed_sample(base, drawn)
-        if type(drawn) in (int, list):
-            drawn = SeededIndex(drawn) if type(drawn) is int else SeededBatch(drawn)
-            drawn.base = base
+    def _seeded(self, drawn: Any, key: int) -> Any:
+        if self.loader.num_workers == 0:
+            seed_streams(key, [torch.default_generator])  # the samples are read next, here
+        elif isinstance(drawn, list | tuple):
+            drawn = SeededBatch(drawn)
+            drawn.key = key
+        elif type(drawn) is int:
+            drawn = SeededIndex(drawn)
+            drawn.key = key
         return drawn
