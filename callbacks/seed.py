@@ -54,7 +54,7 @@ class Seed(Callback):
         state.seed = self.seed
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, in two halves, since a checkpoint's integers have 64 signed bits."""
+        """Return the seed as text, since it may need more than the 63 bits of a plain integer."""
         return {"seed": str(self.seed)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

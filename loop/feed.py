@@ -81,7 +81,7 @@ class Feed:
         with isolated(device, derive(seed, "loader", epoch, rank)):
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
-                self._source = self.order.iterate(seed, epoch, read, seeds_samples or self.loader.num_workers > 0)
+                self._source = self.order.iterate(seed, epoch, rank, read, seeds_samples or self.loader.num_workers > 0)
             else:
                 self._source = iter(self.loader)
                 ahead = list(itertools.islice(self._source, 1))  # many draw their order with the first batch

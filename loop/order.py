@@ -48,10 +48,10 @@ class Order:
         self.seed, self.skip = 0, 0
         self.base: int | None = None
 
-    def iterate(self, seed: int, epoch: int, skip: int, seeds_samples: bool) -> Iterator[Any]:
+    def iterate(self, seed: int, epoch: int, rank: int, skip: int, seeds_samples: bool) -> Iterator[Any]:
         """Iterate the loader in the order of (seed, epoch) from the `skip`-th batch on; its own sampler stays its own."""
         loader, self.seed, self.skip = self.loader, derive(seed, "order", epoch), skip
-        self.base = derive(seed, "sample", epoch) if seeds_samples else None
+        self.base = derive(seed, "sample", epoch, rank) if seeds_samples else None
         self.drawn.clear()
         for owner in self._owners():
             if hasattr(owner, "set_epoch"):

@@ -532,6 +532,15 @@ def test_the_noise_of_a_batch_hangs_on_seed_epoch_and_its_number_alone(kwargs: A
     assert torch.equal(noise(**kwargs), noise())
 
 
+def test_ranks_draw_distinct_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks read one batch number at once; what they draw for it must differ."""
+    first = noise(shuffle=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    second = noise(shuffle=False)
+    assert not torch.isclose(first, second).any()
+
+
 def test_a_sample_drawn_twice_in_an_epoch_is_augmented_anew() -> None:
     seen, source = Seen(), Noisy(10)
     train = DataLoader(source, 4, sampler=WeightedRandomSampler([1.0] * 10, 80))

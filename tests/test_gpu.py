@@ -59,7 +59,7 @@ def test_a_step_waits_for_nothing(autocast: Any) -> None:
     with loop:
         for _ in loop.epochs(2):
             for step in loop.steps(loader(96, 8, pin_memory=True)):
-                watched = loop.state.step > 2  # what is compared once lies behind
+                watched = loop.state.step > 2  # what is set up once lies behind
                 torch.cuda.set_sync_debug_mode("error" if watched else "default")
                 try:
                     for micro in step:

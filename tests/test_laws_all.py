@@ -131,7 +131,7 @@ def test_no_callback_adds_a_read_to_a_step(tmp_path: Path) -> None:
         with loop:
             for _ in loop.epochs(1):
                 for step in loop.steps(loader(60, 4, shuffle=False)):
-                    watched = 4 <= loop.state.step < 12  # after what is compared once, before the loggers' interval
+                    watched = 4 <= loop.state.step < 12  # after what is set up once, before the loggers' interval
                     with mode if watched else contextlib.nullcontext():
                         for micro in step:
                             with micro:
