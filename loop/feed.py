@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ class Feed:
                 ahead = list(itertools.islice(self._source, 1))  # many draw their order with the first batch
                 self._source = itertools.chain(ahead, self._source)
         if self.order is None:
-            if seeds_samples and not isinstance(self.loader, Sequence):  # it may draw here, for each batch
+            if seeds_samples and not isinstance(self.loader, list | tuple):  # it may draw here, for each batch
                 self._streams = generators(device)
             for self.read in range(read):
                 self._next()
@@ -208,7 +208,7 @@ def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
         if sampler is not None and walk:
             with isolated(torch.device("cpu"), 0):
                 return count, sum(len(indices) for indices in sampler)
-    if isinstance(loader, Sequence):
+    if isinstance(loader, list | tuple):  # another sequence may load each batch as it is asked for it
         sizes = [batches.size(data) for data in loader]
         return count, None if None in sizes else sum(n or 0 for n in sizes)
     return count, None

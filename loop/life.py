@@ -59,8 +59,7 @@ class Life:
         self.measure = functools.partial(batches.measure, weigh=weigh)
         self.feed, self.train_loss = Feed(cut, self.measure), Mean()
         self.seed: int | None = None
-        self.seed_base: int | None = None
-        self.generators: list[torch.Generator] = []
+        self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
         self.rng_to_restore: dict[str, Any] | None = None
         self._constants: dict[Any, Tensor] = {}
@@ -121,8 +120,8 @@ class Life:
         elif self.seed is None:  # one draw, as iterating a DataLoader makes, says this run's order
             drawn, own = int(torch.empty((), dtype=torch.int64).random_()), getattr(loader, "generator", None)
             self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
-        self.generators = rng.generators(state.device)
-        self.seed_base = None if state.seed is None else rng.derive(state.seed, "step", state.rank)
+        if state.seed is not None:
+            self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
         if self.snapshot is None and self.hooks["on_exception"]:
             self.snapshot = Snapshot(state)
         self._run("on_fit_start")
@@ -246,7 +245,9 @@ class Life:
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
         self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size)
-        self._run("on_micro_end")
+        streams, attempt = self.streams, self.state.step + self.state.skipped
+        with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
+            self._run("on_micro_end")
         self.state.micro = None
 
     def forward(self, loss_fn: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> Any:

@@ -4,7 +4,7 @@ One update, in order, with the hooks where they run:
 
     steps    on_step_start; saves asked for are written; the update's data is gathered
     step     gradients cleared; the data cut into micro-batches and weighed
-    micro    streams seeded; batch moved; forward, backward; on_micro_end
+    micro    streams seeded (Python's and NumPy's at the first); batch moved; forward, backward; on_micro_end
              (an error: on_exception, and where one answers True, all from "gradients cleared" again)
     update   gradients unscaled; on_before_optimizer_step; gradient factors applied; rate factors applied;
              optimizer.step; rates put back; scaler.update; counted; on_step_end; saves asked for are written
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .life import Life
-from .rng import mix
+from .rng import Streams
 from .state import State
 from .step import Step
 
@@ -135,10 +135,8 @@ class Loop(Life):
         step.updated = True  # not before: a hook that raises leaves a step to be done again
         if applied:
             before = state.apply_rates()
-            if self.seed_base is not None:  # an optimizer may draw too
-                key = mix(self.seed_base, -1 - state.step - state.skipped)
-                for generator in self.generators:
-                    generator.manual_seed(key)
+            if self.streams is not None:  # an optimizer may draw too
+                self.streams.begin(state.step + state.skipped, Streams.UPDATE)
             try:
                 state.runner.update(self)
             finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,29 @@ def test_another_callback_that_draws_moves_no_stream_of_data(workers: int) -> No
 
     assert_same_bits(train(data=data()), train(data=data(), extra=(Draws(),)))
     assert_same_bits(train(data=data()), train(data=data(), val=False))
+
+
+class Lazy(Sequence[Any]):
+    """Loads, and augments, each batch as it is asked for it."""
+
+    loaded = 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: Any) -> Any:
+        if i >= len(self):
+            raise IndexError
+        self.loaded += 1
+        x, y, _ = next(iter(DataLoader(Noisy(8), 8)))
+        return x + i, y
+
+
+def test_a_sequence_that_loads_as_it_is_asked_is_loaded_once_and_moved_by_nobody() -> None:
+    data = Lazy()
+    expected = train(data=data, val=False)
+    assert data.loaded == 6 * 2  # two epochs, none to find out how long they are
+    assert_same_bits(expected, train(data=Lazy(), val=False, extra=(Draws(),)))
 
 
 def test_validation_moves_nothing() -> None:
