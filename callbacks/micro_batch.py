@@ -2,80 +2,119 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-import torch
-
 from ..loop.callback import Callback
+from ..loop.checks import among, share, whole
+from ..loop.memory import memory_of, out_of_memory, too_small
+from ..loop.ranks import smallest
+from ..loop.sizes import Sizes
 from ..loop.state import State
 
-TEXTS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-         "HIP out of memory", "XPU out of memory", "MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory",
-         "DefaultCPUAllocator: not enough memory")  # fmt: skip
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an error, or what it was raised from, is a device's or the CPU allocator's lack of memory."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS):
-            return True
-        error = error.__cause__
-    return False
+EVERY = 16  # updates between two looks at memory, once the size is found
+UPDATES = 3  # times that an update is repeated
+log = logging.getLogger("hookloop")
 
 
 class MicroBatch(Callback):
-    """Puts at most `size` samples through one forward, in equal cuts, without changing any gradient.
+    """Puts at most `size` samples through one forward, in equal cuts, without changing any gradient or batch size.
 
-    `"auto"` starts with whole batches and halves when memory runs out: the step is redone from its own data, with
-    gradients cleared and torch's generators and the module buffers that a forward changes put back, so that the run
-    equals one that used the smaller size from that step on. Validation shrinks a size of its own. BatchNorm's
-    statistics are those of each micro-batch. Raises ValueError for a bad size; where memory is too small for one
-    sample, the error says so.
+    `"auto"` measures what the first updates take at growing sizes and goes to the largest predicted to fit under
+    `headroom` of what the process may hold, in multiples of `multiple_of` (where it is that large); with
+    `target="throughput"` it stops where a doubling gains less than 3% samples/s, with `"memory"` nowhere. It looks again
+    every 16 updates. Where memory runs out all the same, the step is redone from its own data in halves, gradients
+    cleared, torch's generators and module buffers put back: the run equals one that used the smaller size from that step
+    on. Where a device reports no memory (the CPU) it starts with whole batches and only halves. Validation shrinks a size
+    of its own. `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each update, and
+    repeats one that ran out of memory; "raise" ends the run. BatchNorm's statistics are those of each micro-batch; a size
+    that was timed may differ between runs. `memory`: what measures (default: the device).
     """
 
     owns = ("micro_batch_size",)
+    _open: Any = None  # the step being measured
+    _timed: Any = None  # one whose time the device has not told yet
 
-    def __init__(self, size: int | str) -> None:
+    def __init__(self, size: int | str, *, headroom: float = 0.9, multiple_of: int = 16, target: str = "throughput",
+                 on_step_oom: str = "raise", memory: Any = None) -> None:  # fmt: skip
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"size must be a whole number of samples, at least 1, or 'auto', not {size!r}")
-        self.train: int | None = None if size == "auto" else size  # type: ignore[assignment]
-        self.evaluation = self.train
-        if size == "auto":  # an instance's hook: a fixed size needs no snapshot at each step's start
-            self.on_exception = self._halve  # type: ignore[method-assign]
+        share("headroom", headroom)
+        whole("multiple_of", multiple_of, 1, none=False)
+        among("target", target, ("throughput", "memory"))
+        among("on_step_oom", on_step_oom, ("raise", "rollback"))
+        if size != "auto" and (headroom, multiple_of, target, memory) != (0.9, 16, "throughput", None):
+            raise ValueError(f"headroom, multiple_of, target and memory belong to 'auto', not to size={size!r}; drop them")
+        self.headroom, self.on_step_oom, self.auto, self.memory = headroom, on_step_oom, size == "auto", memory
+        self.train = self.evaluation = None if isinstance(size, str) else size
+        self.sizes, self.settled = Sizes(multiple_of, target == "throughput"), False
+        self._lies, self._undone, self._tried = 0, 0, list[int]()
+        if self.auto or on_step_oom == "rollback":  # an instance's hooks: a fixed size needs none, nor keeps what a redo needs
+            vars(self).update(on_step_start=self._look, on_before_optimizer_step=self._learn, on_exception=self._again)
 
     def on_setup(self, state: State) -> None:
-        """Set the sizes."""
-        self._write(state)
+        """Set the sizes, find what measures."""
+        self.memory = self.memory or (memory_of(state.device) if self.auto else None)
+        state.keep_before_update = self.on_step_oom == "rollback"
+        self.on_fit_start(state)
 
     def on_fit_start(self, state: State) -> None:
-        """Set the restored ones."""
-        self._write(state)
-
-    def _write(self, state: State) -> None:
+        """Set the sizes, which may be restored ones."""
         state.micro_batch_size, state.eval_micro_batch_size = self.train, self.evaluation
 
-    def _halve(self, state: State) -> bool:
-        micro = state.micro
-        if micro is None or not out_of_memory(state.exception):
+    def _look(self, state: State) -> None:
+        memory, timed, self._undone = self.memory, self._timed, 0
+        if memory is None:
+            return
+        if timed and (seconds := memory.seconds(*timed[2:])) is not None:
+            self._timed = None
+            self.sizes.timing(timed[0], timed[1] / seconds)
+        if state.step % EVERY and (state.step > 2 * EVERY if state.world > 1 else self.settled or self._timed):
+            return
+        self._lies, now = memory.allocated(), self.train
+        size, self.settled = self.sizes.choose(now, state.micro_size, self.headroom * memory.capacity() - self._lies)
+        self.train = smallest(size, state.world)
+        if self.train != now:
+            log.info("step %d: micro-batches of %d samples, after %s", state.step, self.train, now)
+            self.on_fit_start(state)
+        memory.reset()
+        self._open = memory.retries(), memory.mark()
+
+    def _learn(self, state: State) -> None:
+        memory, opened, self._open = self.memory, self._open, None
+        if opened is not None:
+            if memory.retries() > opened[0]:  # it fitted in pieces only
+                self.sizes.fail(state.micro_size, memory.capacity() - self._lies)
+            self.sizes.measured(state.micro_size, memory.peak() - self._lies)
+            self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
+
+    def _again(self, state: State) -> bool:
+        micro, error = state.micro, state.exception
+        if error is None or not out_of_memory(error):
             return False
-        if micro.size <= 1 and state.exception is not None:
-            state.exception.add_note("memory is too small for one sample: use a smaller model or input, activation "
-                                     "checkpointing or a lower precision")  # fmt: skip
+        if micro is None:  # in the optimizer's step, which was put back
+            self._undone += 1
+            return self._undone <= UPDATES
+        self._tried.append(micro.size)
+        if micro.size <= 1 or not self.auto:
+            error.add_note(too_small(self._tried, state.device))
             return False
-        if micro.training:
-            self.train = (micro.size + 1) // 2
+        half = (micro.size + 1) // 2
+        log.warning("step %d: %d samples ran out of memory; %d from here on", state.step, micro.size, half)
+        if not micro.training:
+            self.evaluation = half
         else:
-            self.evaluation = (micro.size + 1) // 2
-        self._write(state)
+            self.sizes.fail(micro.size, self.memory.capacity() - self._lies if self.memory else 0)
+            self.train, self._open, self.settled = half, None, False
+        self.on_fit_start(state)
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sizes found."""
-        return {"train": self.train, "evaluation": self.evaluation}
+        """Return the sizes found, and what was measured on the way."""
+        return {"found": [self.train, self.evaluation, self.settled], "sizes": self.sizes.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take sizes found back; given ones are the argument's."""
-        if "on_exception" in self.__dict__:
-            self.train, self.evaluation = state["train"], state["evaluation"]
+        """Take them back; a given size is the argument's."""
+        if self.auto:
+            self.sizes.load_state_dict(state["sizes"])
+            self.train, self.evaluation, self.settled = state["found"]

@@ -64,7 +64,7 @@ class Callback:
         """A step will follow, its data not gathered yet; the plan may change."""
 
     def on_exception(self, state: State) -> bool | None:
-        """`state.exception` ended a forward or backward; returning True redoes the step under the changed plan."""
+        """`state.exception` ended a forward and backward (an update, where `state.micro` is None); True redoes it."""
 
     def on_micro_end(self, state: State) -> None:
         """`state.micro` went forward and backward (in evaluation: forward); it is None outside this hook."""

@@ -50,6 +50,18 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
+def among(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Refuse what is none of the words known."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}")
+
+
+def share(name: str, value: Any) -> None:
+    """Refuse what is no share of a whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a share above 0 and at most 1, not {value!r}")
+
+
 def check_loader(name: str, loader: Any) -> None:
     """Refuse what can't be iterated for batches."""
     if isinstance(loader, Dataset) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):

@@ -66,7 +66,7 @@ class Life:
         self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
         self._skips, self._saved_at = 0, -1
-        self._was_set_up = self._entered = self._begun = False
+        self._was_set_up = self._entered = self._begun = self._torn = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
         self._pass: object = None
         for callback in self.callbacks:  # last: a construction that failed keeps none
@@ -78,6 +78,9 @@ class Life:
     def __enter__(self) -> Self:
         if self._entered:
             raise RuntimeError("this Loop is entered already")
+        if self._torn:
+            raise RuntimeError("an error cut this Loop's optimizer off inside a step, so its weights may be half updated: build "
+                               "model, optimizer and callbacks anew, and a Loop that resumes from the last checkpoint")  # fmt: skip
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
         state.stop_reason = None
@@ -226,12 +229,12 @@ class Life:
             raise RuntimeError("a step was left before loop.update(): each `for step in loop.steps(loader)` must end with "
                                "it, and a break may only follow it")  # fmt: skip
 
-    def redoes(self, error: Exception, size: int, training: bool) -> bool:
-        """Ask every callback about a failed forward or backward; return whether one changed the plan to redo it."""
+    def redoes(self, error: Exception, size: int | None, training: bool = True) -> bool:
+        """Ask every callback about a failed forward and backward of `size` samples, or a failed update (None)."""
         if not self.hooks["on_exception"]:
             return False
         self.state.exception = error
-        self.state.micro = MicroEnd(None, {}, size, None, training, 0, size)
+        self.state.micro = None if size is None else MicroEnd(None, {}, size, None, training, 0, size)
         try:
             return any(self._run("on_exception"))
         except Exception as problem:  # the first error wins

@@ -14,6 +14,7 @@ One update, in order, with the hooks where they run:
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .life import Life
+from .redo import BeforeUpdate
 from .rng import Streams
 from .state import State
 from .step import Step
@@ -131,14 +133,14 @@ class Loop(Life):
         if not step.complete:
             raise RuntimeError("loop.update() before every micro-batch went backward: `for micro in step: with micro: "
                                "micro.backward(loss_fn)` must run to its end")  # fmt: skip
+        step.check_untouched()
         applied = self._gradients_final(bool(step.done))
         step.updated = True  # not before: a hook that raises leaves a step to be done again
         if applied:
             before = state.apply_rates()
-            if self.streams is not None:  # an optimizer may draw too
-                self.streams.begin(state.step + state.skipped, Streams.UPDATE)
             try:
-                state.runner.update(self)
+                while not self._updated():
+                    pass
             finally:
                 state.restore_rates(before)
         if state.scaler is not None and step.done:
@@ -223,6 +225,25 @@ class Loop(Life):
             return False
         state.apply_gradient_factors()
         return True
+
+    def _updated(self) -> bool:
+        """Run the optimizer's step; return whether it is done, or was put back to be repeated."""
+        state = self.state
+        kept = BeforeUpdate(state.optimizer) if state.keep_before_update else None
+        if self.streams is not None:  # an optimizer may draw too
+            self.streams.begin(state.step + state.skipped, Streams.UPDATE)
+        try:
+            state.runner.update(self)
+            return True
+        except BaseException as error:
+            if kept is not None and isinstance(error, Exception) and self.redoes(error, None):
+                traceback.clear_frames(error.__traceback__)
+                kept.put_back()
+                return False
+            self._torn = True
+            error.add_note("in the optimizer's step, which can't be redone: weights may be half updated; go on from the last "
+                           "checkpoint")  # fmt: skip
+            raise
 
     def _count(self, samples: int, metrics: dict[str, Any], weight: float | Tensor) -> None:
         state = self.state

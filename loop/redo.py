@@ -1,4 +1,4 @@
-"""What a step must put back before it is redone: torch's generators and the module buffers that a forward changes."""
+"""What must be put back before a step is redone (generators, module buffers), or an update (weights, optimizer state)."""
 
 from __future__ import annotations
 
@@ -37,3 +37,34 @@ class Snapshot:
                 owner[name] = buffer
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
+
+
+class BeforeUpdate:
+    """A copy, on the host, of what an optimizer's step changes, so that one that failed half way can be put back."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.groups = [dict(group) for group in optimizer.param_groups]
+        self.state = {p: dict(values) for p, values in optimizer.state.items()}
+        self.grads = [(p, p.grad) for group in self.groups for p in group["params"]]
+        held = [*self.grads, *(values.values() for values in self.state.values()), *(g.values() for g in self.groups)]
+        found = {id(x): x for values in held for x in values if isinstance(x, Tensor)}
+        self.copies = [(x, host_copy(x.detach())) for x in found.values()]
+
+    def put_back(self) -> None:
+        """Go back to that moment."""
+        for group, kept in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group.update(kept)
+        self.optimizer.state.clear()
+        self.optimizer.state.update({p: dict(values) for p, values in self.state.items()})
+        with torch.no_grad():
+            for x, copy in self.copies:
+                x.copy_(copy)
+        for p, grad in self.grads:
+            p.grad = grad
+
+
+def host_copy(x: Tensor) -> Tensor:
+    """Return a copy on the host, queued behind the work that makes `x` where that lies on a device."""
+    pinned = x.device.type in ("cuda", "xpu")
+    return torch.empty_like(x, device="cpu", pin_memory=pinned).copy_(x, non_blocking=pinned)

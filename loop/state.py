@@ -58,12 +58,15 @@ class State:
     accumulate: int = 1
     micro_batch_size: int | None = None
     eval_micro_batch_size: int | None = None
+    keep_before_update: bool = False  # weights, gradients and optimizer state, so that an update can be repeated
     runner: Any = field(default_factory=Eager)
     # outcome
     metrics: dict[str, Any] = field(default_factory=dict)
     rates: list[Any] = field(default_factory=list)
     micro: MicroEnd | None = None
     exception: Exception | None = None
+    update_size: int = 0  # samples of the update at hand
+    micro_size: int = 0  # and of its largest micro-batch
     skip_reason: str | None = None
     stop_reason: str | None = None
     reported: set[str] = field(default_factory=set)  # names in metrics that the last report gave

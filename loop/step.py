@@ -58,10 +58,13 @@ class Micro:
             raise RuntimeError("micro.backward must run inside `with micro:`, once")
         loop, self._open = self._step.loop, False
         self.outputs = loop.state.runner.backward(loop, loss, self.batch if callable(loss) else None, self._factor)
+        self._step.hold()
 
     def __enter__(self) -> Micro:
         if self._open or self.outputs is not None:
             raise RuntimeError("a micro-batch may be entered once: its gradient would count twice")
+        if self.number:
+            self._step.check_untouched(between=True)
         loop, self._open = self._step.loop, True
         if loop.streams is not None:
             loop.streams.begin(loop.state.step + loop.state.skipped, self.number)
@@ -75,11 +78,14 @@ class Micro:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, training=True)
                 self.outputs, self._batch = singles(self.outputs), None
-        elif isinstance(error, Exception) and step.loop.redoes(error, self._chunk.size or 0, training=True):
+        elif isinstance(error, Exception) and step.loop.redoes(error, self._chunk.size or 0):
             step.fail(error)
             traceback.clear_frames(trace)  # its locals hold the failed graph, and with it the memory
             self.outputs = self._batch = None
             return True
+        elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+            error.add_note(f"BatchNorm met a micro-batch of {self._chunk.size} sample(s): cut at least 2, leave a short last batch "
+                           "out (drop_last=True), or use GroupNorm or LayerNorm")  # fmt: skip
         return False
 
 
@@ -93,6 +99,7 @@ class Step:
                 chunk.size = loop.measure(chunk.data)
             self.size += chunk.size
         self.weight: Any = self.size
+        self._held: tuple[Tensor, Tensor, int, int] | None = None
         self.done: list[Micro] = []
         self.complete = self.updated = self._redo = False
 
@@ -100,7 +107,7 @@ class Step:
         loop, state = self.loop, self.loop.state
         while not self.complete:
             clear_gradients(state.optimizer)  # here, not after the update: whatever was left, a step starts from nothing
-            self.done, self._redo = [], False
+            self.done, self._redo, self._held = [], False, None
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
             for micro in self._cut():
@@ -116,6 +123,7 @@ class Step:
         loop, parts, limit = self.loop, self.chunks, self.loop.state.micro_batch_size
         if limit is not None:
             parts = [piece(c, a, b, loop.cut) for c in parts for a, b in batches.equal_cuts(c.size or 0, limit)]
+        loop.state.update_size, loop.state.micro_size = self.size, max(part.size or 0 for part in parts)
         if loop.weigh is None:
             weighed: list[tuple[Chunk, Any]] = [(part, part.size) for part in parts]
         else:  # what weighs nothing takes no part: its mean loss is 0/0
@@ -126,6 +134,23 @@ class Step:
         if not weighed:
             loop.state.skip("the weights of the whole step sum to 0")
         return [Micro(self, i, part, w, w / self.weight) for i, (part, w) in enumerate(weighed)]
+
+    def hold(self) -> None:
+        """Remember a gradient as this backward left it."""
+        groups = self.loop.state.optimizer.param_groups
+        p = self._held[0] if self._held else next((p for g in groups for p in g["params"] if p.grad is not None), None)
+        if p is not None and p.grad is not None:
+            self._held = p, p.grad, p.grad._version, p._version
+
+    def check_untouched(self, between: bool = False) -> None:
+        """Raise RuntimeError where someone else cleared this step's gradients, or updated the weights."""
+        if self._held is None:
+            return
+        p, grad, version, weights = self._held
+        if p.grad is not grad or p._version != weights or (between and grad._version != version):
+            raise RuntimeError("a step was interrupted: between its backwards and loop.update() something else cleared its "
+                               "gradients or changed the weights (zero_grad or optimizer.step in a callback or in the "
+                               "loop's body); leave both to loop.update()")  # fmt: skip
 
     def fail(self, error: Exception) -> None:
         """Go back to where the step began, so that it can be redone in other cuts."""
