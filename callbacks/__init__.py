@@ -1,5 +1,6 @@
 """Callbacks that each do one thing to training; they work in `Loop.fit`, by hand, and around your own loop."""
 
+from .batch_policies import Epochs, Plateau, Policy, Steps
 from .checkpoint import Checkpoint
 from .clip_gradients import ClipGradients
 from .dynamic_batch_size import DynamicBatchSize
@@ -7,6 +8,7 @@ from .early_stopping import EarlyStopping
 from .gradient_accumulation import GradientAccumulation
 from .metrics import Metrics
 from .micro_batch import MicroBatch
+from .noise_scale import NoiseScale
 from .progress import Progress
 from .schedule import Schedule
 from .seed import Seed
@@ -19,12 +21,17 @@ __all__ = [
     "ClipGradients",
     "DynamicBatchSize",
     "EarlyStopping",
+    "Epochs",
     "GradientAccumulation",
     "Metrics",
     "MicroBatch",
+    "NoiseScale",
+    "Plateau",
+    "Policy",
     "Progress",
     "Schedule",
     "Seed",
+    "Steps",
     "TensorBoard",
     "Warmup",
     "WeightDecay",

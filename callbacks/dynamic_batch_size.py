@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from ..loop.callback import Callback
-from ..loop.goal import Goal, Tracker
+from ..loop.callback import HOOKS, Callback
+from ..loop.checks import among, whole
+from ..loop.goal import Goal
 from ..loop.state import State
+from .batch_policies import Epochs, Plateau, Policy
 
+if TYPE_CHECKING:
+    from .noise_scale import NoiseScale
+
+log = logging.getLogger("hookloop")
 RATES = {"none": lambda ratio: 1.0, "linear": lambda ratio: ratio, "sqrt": math.sqrt}
 
 
@@ -20,64 +29,82 @@ def grown(initial: int, maximum: int, growth: float, k: int, multiple_of: int = 
     return max(initial, min(maximum, product))
 
 
-class DynamicBatchSize(Callback):
-    """Grows the batch size by a factor every so many epochs, or when a metric stops improving, up to `maximum` samples.
+def in_turn(first: Callable[[State], Any], then: Callable[[State], Any], state: State) -> None:
+    """Run two hooks as one."""
+    first(state)
+    then(state)
 
-    The size is honoured to the sample whatever the loader's own batch is, and each sample is still used once an epoch.
-    `every`: epochs between two growths, or a `Goal`: one growth each time its patience is used up. The unrounded
-    product grows; sizes are its multiples of `multiple_of`. With `GradientAccumulation(n)` an update holds n such
-    batches. `scale_lr`: the rate's factor for a batch grown r times: "none" 1, "linear" r, "sqrt" its root. Sizes are
-    per rank. Raises ValueError for bad settings. (Smith et al. 2018, https://arxiv.org/abs/1711.00489)
+
+class DynamicBatchSize(Callback):
+    """Grows the batch size by a factor, when its policy says so, up to `maximum` samples.
+
+    `every`: the policy. A number: so many epochs. `Steps(n)`: so many updates. A table `{epoch: size}`, or
+    `Steps({step: size})`: these sizes, from there on. A `Goal`: each time the metric's patience is used up, where a
+    schedule would divide the rate (Smith et al. 2018, https://arxiv.org/abs/1711.00489). `NoiseScale()`: while the
+    gradients' noise asks for more. The size is honoured to the sample whatever the loader's own batch is, and each sample
+    is still used once an epoch. The unrounded product grows; sizes are its multiples of `multiple_of`, and never more
+    than an epoch holds. With `GradientAccumulation(n)` an update holds n such batches; with `MicroBatch("auto")` a batch
+    beyond memory is cut. `scale_lr`: the rate's factor for a batch grown r times: "none" 1, "linear" r, "sqrt" its root.
+    Sizes are per rank. Raises ValueError for bad settings; a `maximum` that no epoch holds is clamped, and the log says so.
     """
 
     owns = ("batch_size",)
 
-    def __init__(self, initial: int, maximum: int, growth: float = 1.5, every: int | Goal = 1, multiple_of: int = 1,
+    def __init__(self, initial: int, maximum: int, growth: float = 1.5,
+                 every: int | Goal | Mapping[int, int] | Policy | NoiseScale = 1, multiple_of: int = 1,
                  scale_lr: str = "none") -> None:  # fmt: skip
         for name, value in (("initial", initial), ("maximum", maximum), ("multiple_of", multiple_of)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
+            whole(name, value, 1, none=False)
         if maximum < initial:
             raise ValueError(f"maximum must be at least initial, {initial}, not {maximum}")
+        if multiple_of > maximum:
+            raise ValueError(f"multiple_of={multiple_of} is more than maximum={maximum}, so that the batch would never grow")
         if isinstance(growth, bool) or not isinstance(growth, int | float) or not 1 < growth < math.inf:
             raise ValueError(f"growth must be a factor above 1, not {growth!r}")
-        if not isinstance(every, Goal) and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
-            raise ValueError(f"every must be a number of epochs, at least 1, or a Goal, not {every!r}")
-        if not isinstance(scale_lr, str) or scale_lr not in RATES:
-            raise ValueError(f"scale_lr must be one of {', '.join(RATES)}, not {scale_lr!r}")
+        among("scale_lr", scale_lr, tuple(RATES))
+        policy: Any = every
+        if isinstance(every, Goal):
+            policy = Plateau(every)
+        elif isinstance(every, int | Mapping):
+            policy = Epochs(every)
+        elif not callable(getattr(every, "size", None)):
+            raise ValueError(f"every must be a number of epochs, a table, a Goal or a policy such as Steps(100), not {every!r}")
+        for position, size in (policy.table or {}).items():
+            if size > maximum or size % multiple_of:
+                raise ValueError(f"the table's size {size}, from {position} on, must be a multiple of {multiple_of} and at most "
+                                 f"maximum={maximum}")  # fmt: skip
+        if policy.table and growth != 1.5:
+            raise ValueError(f"growth={growth} has no use beside a table of sizes; leave it out")
         self.initial, self.maximum, self.growth, self.multiple_of = initial, maximum, growth, multiple_of
-        self.every, self.rate, self.growths = every, RATES[scale_lr], 0
-        self.tracker = Tracker(every) if isinstance(every, Goal) else None
-        self.measured = self.tracker is not None
-        self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
+        self.policy, self.rate = policy, RATES[scale_lr]
+        self.measured, self.watches = policy.measured, policy.watches
+        for hook in HOOKS:  # a policy's hooks run as this callback's own, before them
+            theirs = getattr(policy, hook, None)
+            if theirs is not None and getattr(type(policy), hook) is not getattr(Callback, hook):
+                vars(self)[hook] = functools.partial(in_turn, theirs, getattr(self, hook))
 
-    def size(self, state: State) -> int:
-        """Return the batch size now."""
-        k = self.growths if isinstance(self.every, Goal) else state.epoch // self.every
-        return grown(self.initial, self.maximum, self.growth, k, self.multiple_of)
+    def on_fit_start(self, state: State) -> None:
+        """Say where the bound is an epoch's."""
+        if state.epoch_samples is not None and state.epoch_samples < self.maximum:
+            log.warning("maximum=%d is more than the %d samples of an epoch, which is where batches stop growing",
+                        self.maximum, state.epoch_samples)  # fmt: skip
 
     def on_step_start(self, state: State) -> None:
         """Plan the next update."""
-        state.batch_size = self.size(state)
+        most = min(self.maximum, max(self.initial, state.epoch_samples or self.maximum))
+        state.batch_size = min(
+            most, self.policy.size(state, lambda k: grown(self.initial, most, self.growth, k, self.multiple_of))
+        )
 
     def on_before_optimizer_step(self, state: State) -> None:
         """Scale this update's rate with the batch."""
-        if (factor := self.rate(self.size(state) / self.initial)) != 1.0:
+        if (factor := self.rate((state.batch_size or self.initial) / self.initial)) != 1.0:
             state.scale_rate(factor)
 
-    def on_validation_end(self, state: State) -> None:
-        """Grow where the metric stopped improving."""
-        if self.tracker is not None:
-            self.tracker.update(self.tracker.goal.read(state, "DynamicBatchSize"))
-            if self.tracker.exhausted:
-                self.growths, self.tracker.bad = self.growths + 1, 0
-
     def state_dict(self) -> dict[str, Any]:
-        """Return growths and the watched metric's state; by epochs there is nothing to keep."""
-        return {} if self.tracker is None else {"growths": self.growths, **self.tracker.state_dict()}
+        """Return the policy's state."""
+        return dict(self.policy.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        if self.tracker is not None:
-            self.growths = state["growths"]
-            self.tracker.load_state_dict(state)
+        """Take it back."""
+        self.policy.load_state_dict(state)

@@ -140,7 +140,11 @@ def join(parts: Sequence[Any]) -> Any | None:
         return None if lost else rebuild(first, joined)
     if all(isinstance(p, Tensor) and p.layout == torch.strided and not p.is_nested and p.dim() for p in parts):
         same = all((p.dtype, p.shape[1:], p.device) == (first.dtype, first.shape[1:], first.device) for p in parts)
-        return torch.cat(list(parts)) if same else None
+        if not same:
+            return None
+        if not first.is_pinned():
+            return torch.cat(list(parts))
+        return torch.cat(list(parts), out=torch.empty(0, dtype=first.dtype, pin_memory=True))
     if all(type(p) is type(first) is list or type(p) is type(first) is tuple for p in parts):
         return type(first)(v for p in parts for v in p)
     same_value = isinstance(first, bool | int | float | str) and all(type(p) is type(first) and p == first for p in parts)

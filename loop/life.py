@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import sys
 import weakref
@@ -27,6 +28,8 @@ from .redo import Snapshot
 from .resume import capture, restore
 from .state import MicroEnd, State
 from .step import Step
+
+log = logging.getLogger("hookloop")
 
 
 class Life:
@@ -174,6 +177,10 @@ class Life:
                 self.state.save("end")
             attempt(self._flush)
         self.state._saves = []
+        if error is None and not problems and self.state.step and self.state.reported_at < 0:
+            for who, name in ((type(c).__name__, name) for c in self.callbacks for name in c.watches):
+                log.warning("%s watched %r, but nothing was reported in %d updates, so it did nothing: the run ended before "
+                            "a validation, or loop.validate was never called", who, name, self.state.step)  # fmt: skip
         for method in self.hooks["on_fit_end"]:
             attempt(functools.partial(method, self.state), method)
         if self._step is not None and not self._step.updated:
@@ -203,6 +210,7 @@ class Life:
     def _plan(self) -> None:
         """Let callbacks plan the next update; refuse a plan that can't be, or that its callback does not own."""
         state, before = self.state, self._plan_fields()
+        state.least_micros = 1
         self._run("on_step_start")
         if (after := self._plan_fields()) == before:
             return
@@ -244,10 +252,11 @@ class Life:
         finally:
             self.state.exception = self.state.micro = None
 
-    def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool) -> None:
+    def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool,
+                  share: Any = None) -> None:  # fmt: skip
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
-        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size)
+        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share)
         streams, attempt = self.streams, self.state.step + self.state.skipped
         with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
             self._run("on_micro_end")

@@ -23,7 +23,7 @@ def count_steps(callbacks: Iterable[Callback], state: State, epochs: int | None,
         total = epochs * math.ceil(batches / state.accumulate)
         return total if steps is None else min(total, steps)
     hooks = [c.on_step_start for c in shape if "on_step_start" in overridden(c)]
-    shadow = State(state.model, state.optimizer, loader=state.loader)
+    shadow = State(state.model, state.optimizer, loader=state.loader, epoch_samples=samples)
     # Where nobody sets a batch size, or samples can't be counted, an epoch is counted in loader batches.
     by_samples = samples is not None and any("batch_size" in c.owns for c in shape)
     unit = (getattr(state.loader, "batch_size", None) or math.ceil((samples or 0) / max(1, batches))) if by_samples else 1

@@ -31,6 +31,7 @@ class MicroEnd:
     training: bool
     number: int  # 0 is the first micro-batch of this step's try, or of this evaluation
     size: int
+    share: float | Tensor | None = None  # its weight over the step's; None where it is the whole step, or in evaluation
 
 
 @dataclass(eq=False)
@@ -58,6 +59,7 @@ class State:
     accumulate: int = 1
     micro_batch_size: int | None = None
     eval_micro_batch_size: int | None = None
+    least_micros: int = 1  # micro-batches that the next update is cut into at least; back to 1 before each on_step_start
     keep_before_update: bool = False  # weights, gradients and optimizer state, so that an update can be repeated
     runner: Any = field(default_factory=Eager)
     # outcome

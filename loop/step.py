@@ -76,7 +76,7 @@ class Micro:
             if self.outputs is not None:
                 if step.loop.hooks["on_micro_end"]:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
-                    step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, training=True)
+                    step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
                 self.outputs, self._batch = singles(self.outputs), None
         elif isinstance(error, Exception) and step.loop.redoes(error, self._chunk.size or 0):
             step.fail(error)
@@ -121,6 +121,8 @@ class Step:
 
     def _cut(self) -> list[Micro]:
         loop, parts, limit = self.loop, self.chunks, self.loop.state.micro_batch_size
+        if len(parts) < (least := loop.state.least_micros):
+            limit = min(-(-self.size // least), limit or self.size) or 1
         if limit is not None:
             parts = [piece(c, a, b, loop.cut) for c in parts for a, b in batches.equal_cuts(c.size or 0, limit)]
         loop.state.update_size, loop.state.micro_size = self.size, max(part.size or 0 for part in parts)

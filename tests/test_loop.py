@@ -975,7 +975,7 @@ def test_an_error_leaves_the_rate_and_no_factor_behind() -> None:
             loop.fit(loss_fn, data, epochs=1)
         assert optimizer.param_groups[0]["lr"] == 0.1
         if hook == "optimizer":  # which may have changed some weights and not others
-            with pytest.raises(RuntimeError, match="half updated.*resumes from the last checkpoint"):
+            with pytest.raises(RuntimeError, match="half updated"):
                 loop.fit(loss_fn, data, steps=3)
             continue
         loop.fit(loss_fn, data, steps=3)
