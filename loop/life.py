@@ -69,6 +69,7 @@ class Life:
         self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
         self._skips, self._saved_at = 0, -1
+        self.proven = 0  # the largest micro-batch that went through on all ranks
         self._was_set_up = self._entered = self._begun = self._torn = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
         self._pass: object = None

@@ -25,7 +25,7 @@ class Snapshot:
         found = [(path, x) for chunk in chunks for path, x in leaves(chunk.data) if isinstance(x, Tensor)]
         self.versions = [(path, x, x._version) for path, x in found if not x.is_inference()]
 
-    def put_back(self, error: Exception) -> None:
+    def put_back(self, error: Exception | None) -> None:
         """Go back to that moment; raises RuntimeError if the batch itself was changed in place."""
         for path, x, version in self.versions:
             if x._version != version:

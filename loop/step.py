@@ -7,15 +7,20 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import batch as batches
 from .feed import Chunk, piece
 from .outputs import checked, detached, singles, weight_of, weighted
+from .ranks import reducing, smallest
 
 if TYPE_CHECKING:
     from .life import Life
+
+
+FINE = 2**40  # what a rank answers that needs no redo: more than any size
 
 
 class Eager:
@@ -38,11 +43,11 @@ class Eager:
 class Micro:
     """One micro-batch: `with micro: micro.backward(loss_fn)`."""
 
-    __slots__ = ("_batch", "_chunk", "_factor", "_open", "_step", "number", "outputs", "weight")
+    __slots__ = ("_batch", "_chunk", "_factor", "_last", "_open", "_step", "number", "outputs", "weight")
 
-    def __init__(self, step: Step, number: int, chunk: Chunk, weight: float | Tensor, factor: Any) -> None:
+    def __init__(self, step: Step, number: int, chunk: Chunk, weight: float | Tensor, factor: Any, last: bool = True) -> None:
         self._step, self.number, self._chunk, self.weight, self._factor = step, number, chunk, weight, factor
-        self._open, self._batch = False, None
+        self._open, self._batch, self._last = False, None, last
         self.outputs: dict[str, Any] | None = None
 
     @property
@@ -57,7 +62,12 @@ class Micro:
         if not self._open:
             raise RuntimeError("micro.backward must run inside `with micro:`, once")
         loop, self._open = self._step.loop, False
-        self.outputs = loop.state.runner.backward(loop, loss, self.batch if callable(loss) else None, self._factor)
+        batch = self.batch if callable(loss) else None
+        if loop.state.world == 1:
+            self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
+        else:
+            with reducing(loop.state.model, self._last, self._step._alone):
+                self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
         self._step.hold()
 
     def __enter__(self) -> Micro:
@@ -78,7 +88,7 @@ class Micro:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
                 self.outputs, self._batch = singles(self.outputs), None
-        elif isinstance(error, Exception) and step.loop.redoes(error, self._chunk.size or 0):
+        elif isinstance(error, Exception) and step.redoes(error, self._chunk.size or 0):
             step.fail(error)
             traceback.clear_frames(trace)  # its locals hold the failed graph, and with it the memory
             self.outputs = self._batch = None
@@ -101,7 +111,9 @@ class Step:
         self.weight: Any = self.size
         self._held: tuple[Tensor, Tensor, int, int] | None = None
         self.done: list[Micro] = []
-        self.complete = self.updated = self._redo = False
+        self.complete = self.updated = self._redo = self._alone = False
+        # A size that is new is rehearsed by each rank alone, so that one that fails is missed by none; FSDP's forward can't be.
+        self._asks = loop.state.world > 1 and bool(loop.hooks["on_exception"]) and not hasattr(loop.state.model, "unshard")
 
     def __iter__(self) -> Iterator[Micro]:
         loop, state = self.loop, self.loop.state
@@ -110,13 +122,19 @@ class Step:
             self.done, self._redo, self._held = [], False, None
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
-            for micro in self._cut():
+            micros = self._cut()
+            size = -smallest(-state.micro_size, state.world) if self._asks else 0
+            self._alone = size > loop.proven
+            for micro in micros:
                 yield micro
                 if self._redo:
                     break
                 if micro.outputs is None:
                     raise RuntimeError("a micro-batch went by without micro.backward(loss_fn)")
                 self.done.append(micro)
+            if self._alone and not self._redo and self.agreed():  # what was rehearsed is now run for all to average
+                loop.proven = size
+                self.fail(None)
             self.complete = not self._redo
 
     def _cut(self) -> list[Micro]:
@@ -135,7 +153,37 @@ class Step:
             return [Micro(self, 0, *weighed[0], None)]
         if not weighed:
             loop.state.skip("the weights of the whole step sum to 0")
-        return [Micro(self, i, part, w, w / self.weight) for i, (part, w) in enumerate(weighed)]
+        last = len(weighed) - 1
+        return [Micro(self, i, part, w, w / self.weight, i == last) for i, (part, w) in enumerate(weighed)]
+
+    def redoes(self, error: Exception, size: int) -> bool:
+        """Tell whether this try, in which `size` samples failed, is redone: under several ranks by all of them or by none."""
+        if self.loop.state.world == 1:
+            return self.loop.redoes(error, size)
+        if not self._alone:
+            error.add_note("in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from "
+                           "the last checkpoint")  # fmt: skip
+            return False
+        answer = self.loop.redoes(error, size)
+        self.agreed((self.loop.state.micro_batch_size or FINE - 1) if answer else 0)
+        return answer
+
+    def agreed(self, again: int = FINE) -> bool:
+        """Tell whether a rehearsal went well on all ranks; each asks once in it.
+
+        `again`: it did not here, and would be redone at that size (0: nor can it be redone). Where others ask for a
+        smaller size, this rank's callbacks hear of it as of an error of their own.
+        """
+        size = smallest(again, self.loop.state.world)
+        if size == FINE or again == 0:
+            return size == FINE
+        if size == 0:
+            raise RuntimeError("another rank failed inside this step; its own error says why")
+        error = torch.OutOfMemoryError(f"another rank ran out of memory and asks for micro-batches of {size} samples")
+        if size != again and not self.loop.redoes(error, 2 * size):
+            raise error
+        self.fail(error)
+        return False
 
     def hold(self) -> None:
         """Remember a gradient as this backward left it."""
@@ -154,7 +202,7 @@ class Step:
                                "gradients or changed the weights (zero_grad or optimizer.step in a callback or in the "
                                "loop's body); leave both to loop.update()")  # fmt: skip
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception | None) -> None:
         """Go back to where the step began, so that it can be redone in other cuts."""
         self._redo = True
         if self.loop.snapshot is not None:

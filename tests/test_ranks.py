@@ -1,0 +1,131 @@
+"""Several ranks agree on one size before a step is redone; real processes, gloo on one machine."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing as mp
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import adamw, bits, built_in, by_hand, loss_fn, net
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hookloop.callbacks import DynamicBatchSize, GradientAccumulation, MicroBatch, Seed, Steps
+from hookloop.loop import Callback, Loop, State
+
+BATCH, STEPS, AT = 8, 5, 2
+
+
+class Resize(Callback):
+    """The run that used the smaller size from that step on."""
+
+    owns = ("micro_batch_size",)
+
+    def on_step_start(self, state: State) -> None:
+        state.micro_batch_size = 4 if state.step >= AT else None
+
+
+def data(rank: int, count: int = 2 * STEPS) -> list[Any]:
+    generator = torch.Generator().manual_seed(rank)
+    make = lambda: (torch.randn(BATCH, 6, generator=generator), torch.randint(0, 3, (BATCH,), generator=generator))
+    return [make() for _ in range(count)]
+
+
+class Backward(torch.autograd.Function):
+    """Runs out of memory on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+
+
+def rank_run(rank: int, port: int, folder: str, kind: str, form: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20))
+    seed = Seed(3)
+    model = DistributedDataParallel(net())
+    size: Callback = Resize() if kind == "smaller from the start" else MicroBatch("auto")
+    grows = DynamicBatchSize(4, 8, growth=2, every=Steps(AT))  # at this step a size is new, and rehearsed
+    loop, calls = Loop(model, adamw(model), [seed, grows, GradientAccumulation(2), size]), [0]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        state = loop.state
+        if rank == 1 and state.step == (AT + 1 if kind == "proven size" else AT):
+            calls[0] += 1
+            if kind == "forward" and len(batch[0]) > 4 and calls[0] == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+            if kind == "error" and calls[0] == 2:
+                raise KeyError("mine")
+            if kind == "backward" and len(batch[0]) > 4 and calls[0] == 1:
+                return Backward.apply(loss_fn(model, batch)["loss"])
+            if kind == "proven size" and calls[0] == 2:
+                return Backward.apply(loss_fn(model, batch)["loss"])
+        return loss_fn(model, batch)
+
+    start = time.monotonic()
+    try:
+        (by_hand if form == "by hand" else built_in)(loop, loss, data(rank), steps=STEPS)
+        found: Any = {"bits": bits(loop), "size": loop.state.micro_batch_size, "step": loop.state.step}
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}", "s": time.monotonic() - start}
+    torch.save(found, f"{folder}/{rank}.pt")
+    os._exit(0)  # a failed collective may leave threads that a plain exit would wait for
+
+
+def run(tmp_path: Path, kind: str, form: str = "built in") -> list[Any]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder = tmp_path / kind.replace(" ", "-")
+    folder.mkdir()
+    spawn = mp.get_context("spawn")
+    ranks = [spawn.Process(target=rank_run, args=(rank, port, str(folder), kind, form), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0, "a rank hangs"
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def same(a: Any, b: Any) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name])), name
+
+
+@pytest.mark.parametrize("form", ["by hand", "built in"])
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_oo10_all_ranks_redo_the_step_at_one_size(tmp_path: Path, kind: str, form: str) -> None:
+    """Whichever rank ran out of memory before the backward that they share."""
+    expected, found = run(tmp_path, "smaller from the start", form), run(tmp_path, kind, form)
+    for rank in range(2):
+        assert (found[rank].get("size"), found[rank].get("step")) == (4, STEPS), found[rank]
+        same(found[rank]["bits"], expected[rank]["bits"])
+    weights = [{n: x for n, x in one["bits"].items() if "running" not in n and "num_batches" not in n} for one in found]
+    same(*weights)
+
+
+def test_oo10_an_error_of_one_rank_ends_all(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "error")
+    assert "another rank failed inside this step" in first["error"]
+    assert "KeyError: 'mine'" in second["error"]
+    assert max(first["s"], second["s"]) < 20
+
+
+def test_oo11_the_backward_that_ranks_share_is_not_redone(tmp_path: Path) -> None:
+    first, second = run(tmp_path, "proven size")
+    assert "one of them alone can't redo it" in second["error"]
+    assert "error" in first
