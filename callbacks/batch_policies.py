@@ -18,7 +18,7 @@ def at(table: Mapping[int, int], position: int) -> int | None:
 
 
 class Policy:
-    """Decides the batch size of the next update; may define hooks, which run as its callback's."""
+    """Decides the batch size of the next update; may define hooks, which run as its callback's. Raises nothing itself."""
 
     measured = False
     watches: tuple[str, ...] = ()
@@ -37,7 +37,10 @@ class Policy:
 
 
 class Epochs(Policy):
-    """Grows the batch every so many epochs, or gives it the sizes of a table `{epoch: size}`, each from that epoch on."""
+    """Grows the batch every so many epochs, or gives it the sizes of a table `{epoch: size}`, each from that epoch on.
+
+    Raises ValueError for numbers that can't be.
+    """
 
     unit = "epoch"
 
@@ -65,7 +68,10 @@ class Epochs(Policy):
 
 
 class Steps(Epochs):
-    """Grows the batch every so many updates, or gives it the sizes of a table `{step: size}`, each from that update on."""
+    """Grows the batch every so many updates, or gives it the sizes of a table `{step: size}`, each from that update on.
+
+    Raises ValueError for numbers that can't be.
+    """
 
     unit = "step"
 
@@ -75,7 +81,10 @@ class Steps(Epochs):
 
 
 class Plateau(Policy):
-    """Grows the batch each time a metric has brought no improvement for its Goal's patience."""
+    """Grows the batch each time a metric has brought no improvement for its Goal's patience.
+
+    Raises KeyError where a report lacks the metric. (Smith et al. 2018, https://arxiv.org/abs/1711.00489)
+    """
 
     measured = True
 

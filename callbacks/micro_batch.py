@@ -13,7 +13,6 @@ from ..loop.sizes import Sizes
 from ..loop.state import State
 
 EVERY = 16  # updates between two looks at memory, once the size is found
-UPDATES = 3  # times that an update is repeated
 log = logging.getLogger("hookloop")
 
 
@@ -27,8 +26,8 @@ class MicroBatch(Callback):
     cleared, torch's generators and module buffers put back: the run equals one that used the smaller size from that step
     on. Where a device reports no memory (the CPU) it starts with whole batches and only halves. Validation shrinks a size
     of its own. `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each update, and
-    repeats one that ran out of memory; "raise" ends the run. BatchNorm's statistics are those of each micro-batch; a size
-    that was timed may differ between runs. `memory`: what measures (default: the device).
+    repeats one that ran out of memory; "raise" ends the run. BatchNorm's statistics are those of each micro-batch. Times
+    differ between runs, and so may sizes; "memory" takes none. `memory`: what measures (default: the device).
     """
 
     owns = ("micro_batch_size",)
@@ -72,13 +71,13 @@ class MicroBatch(Callback):
         if state.step % EVERY and (state.step > 2 * EVERY if state.world > 1 else self.settled or self._timed):
             return
         self._lies, now = memory.allocated(), self.train
-        size, self.settled = self.sizes.choose(now, state.micro_size, self.headroom * memory.capacity() - self._lies)
+        size, self.settled = self.sizes.choose(now, self.sizes.last, self.headroom * memory.capacity() - self._lies)
         self.train = smallest(size, state.world)
         if self.train != now:
             log.info("step %d: micro-batches of %d samples, after %s", state.step, self.train, now)
             self.on_fit_start(state)
         memory.reset()
-        self._open = memory.retries(), memory.mark()
+        self._open = memory.retries(), self.sizes.throughput and memory.mark()
 
     def _learn(self, state: State) -> None:
         memory, opened, self._open = self.memory, self._open, None
@@ -86,7 +85,8 @@ class MicroBatch(Callback):
             if memory.retries() > opened[0]:  # it fitted in pieces only
                 self.sizes.fail(state.micro_size, memory.capacity() - self._lies)
             self.sizes.measured(state.micro_size, memory.peak() - self._lies)
-            self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
+            if self.sizes.throughput:
+                self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
 
     def _again(self, state: State) -> bool:
         micro, error = state.micro, state.exception
@@ -94,7 +94,7 @@ class MicroBatch(Callback):
             return False
         if micro is None:  # in the optimizer's step, which was put back
             self._undone += 1
-            return self._undone <= UPDATES
+            return self._undone <= 3
         self._tried.append(micro.size)
         if micro.size <= 1 or not self.auto:
             error.add_note(too_small(self._tried, state.device))

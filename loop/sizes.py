@@ -49,10 +49,11 @@ class Sizes:
         self.failed: list[list[float]] = []  # samples, memory that was not enough, looks until it counts no more
         self.hold, self.patience = 0, 2  # looks until it may grow again after a failure, and after the next one
         self.ceiling: int | None = None
-        self.ran = 0
+        self.last = self.ran = 0  # the size last measured, and at the look before
 
     def measured(self, n: int, took: float) -> None:
         """Take what one step at `n` samples took; failures of old fade."""
+        self.last = n
         self.took[n] = [*self.took.get(n, []), took][-KEPT:]
         self.failed = [[size, memory, left - 1] for size, memory, left in self.failed if left > 1]
         self.hold = max(0, self.hold - 1)

@@ -33,7 +33,7 @@ def make(folder: Path | None = None, **kwargs: Any) -> Loop:
         Warmup(5),
         GradientAccumulation(2),
         DynamicBatchSize(6, 12),
-        MicroBatch("auto"),
+        MicroBatch("auto", target="memory"),  # times differ between two runs
         ClipGradients(0.3),
         WeightDecay(),
     ]
@@ -85,3 +85,31 @@ def test_oo13_a_real_lack_of_memory_is_redone_in_smaller_cuts() -> None:
     assert state.step == 3
     assert state.micro_batch_size is not None
     assert state.micro_batch_size < 2**17
+
+
+@pytest.mark.parametrize("target", ["memory", "throughput"])
+def test_the_size_that_fits_is_found_with_no_lack_of_memory(target: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Under a cap of 2 GiB: each sample takes some MiB, a batch far more than there is."""
+    model = nn.Sequential(*[layer for _ in range(16) for layer in (nn.Linear(1024, 1024), nn.GELU())]).cuda()
+    loop = Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [MicroBatch("auto", target=target)])
+    data = [torch.randn(2048, 16, 1024).pin_memory()] * 24
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    sizes: list[int] = []
+    try:
+        with loop:
+            for _ in loop.epochs(1):
+                for step in loop.steps(data):
+                    for micro in step:
+                        with micro:
+                            micro.backward(lambda m, b: m(b).square().mean())
+                    loop.update()
+                    sizes.append(loop.state.micro_size)
+        peak = torch.cuda.max_memory_allocated()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not [record for record in caplog.records if "ran out of memory" in record.message]
+    assert len(set(sizes[10:])) == 1, sizes
+    assert 16 <= sizes[-1] < 2048
+    if target == "memory":
+        assert 0.75 * 2 * 2**30 < peak <= 0.95 * 2 * 2**30, (peak, sizes)
