@@ -26,8 +26,8 @@ class MicroBatch(Callback):
     cleared, torch's generators and module buffers put back: the run equals one that used the smaller size from that step
     on. Where a device reports no memory (the CPU) it starts with whole batches and only halves. Validation shrinks a size
     of its own. `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each update, and
-    repeats one that ran out of memory; "raise" ends the run. BatchNorm's statistics are those of each micro-batch. Times
-    differ between runs, and so may sizes; "memory" takes none. `memory`: what measures (default: the device).
+    repeats one that ran out of memory. BatchNorm's statistics are those of each micro-batch. Times differ between runs,
+    and so may sizes; "memory" takes none. `memory`: what measures (default: the device). Raises ValueError when misused.
     """
 
     owns = ("micro_batch_size",)
