@@ -26,7 +26,7 @@ class Policy:
 
     def size(self, state: State, grow: Grow) -> int:
         """Return the size now; `grow(k)` is the size after k growths, between the bounds."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define size(self, state, grow)")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs."""

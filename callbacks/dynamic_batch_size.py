@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
+import types
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..loop.callback import HOOKS, Callback
 from ..loop.checks import among, whole
 from ..loop.goal import Goal
 from ..loop.state import State
 from .batch_policies import Epochs, Plateau, Policy
-
-if TYPE_CHECKING:
-    from .noise_scale import NoiseScale
 
 log = logging.getLogger("hookloop")
 RATES = {"none": lambda ratio: 1.0, "linear": lambda ratio: ratio, "sqrt": math.sqrt}
@@ -29,10 +26,14 @@ def grown(initial: int, maximum: int, growth: float, k: int, multiple_of: int = 
     return max(initial, min(maximum, product))
 
 
-def in_turn(first: Callable[[State], Any], then: Callable[[State], Any], state: State) -> None:
-    """Run two hooks as one."""
-    first(state)
-    then(state)
+def in_turn(hook: str) -> Callable[[DynamicBatchSize, State], None]:
+    """Return the hook that runs the policy's, then the callback's own."""
+
+    def run(self: DynamicBatchSize, state: State) -> None:
+        getattr(self.policy, hook)(state)
+        getattr(type(self), hook)(self, state)
+
+    return run
 
 
 class DynamicBatchSize(Callback):
@@ -51,7 +52,7 @@ class DynamicBatchSize(Callback):
     owns = ("batch_size",)
 
     def __init__(self, initial: int, maximum: int, growth: float = 1.5,
-                 every: int | Goal | Mapping[int, int] | Policy | NoiseScale = 1, multiple_of: int = 1,
+                 every: int | Goal | Mapping[int, int] | Policy = 1, multiple_of: int = 1,
                  scale_lr: str = "none") -> None:  # fmt: skip
         for name, value in (("initial", initial), ("maximum", maximum), ("multiple_of", multiple_of)):
             whole(name, value, 1, none=False)
@@ -67,7 +68,7 @@ class DynamicBatchSize(Callback):
             policy = Plateau(every)
         elif isinstance(every, int | Mapping):
             policy = Epochs(every)
-        elif not callable(getattr(every, "size", None)):
+        elif not isinstance(every, Policy):
             raise ValueError(f"every must be a number of epochs, a table, a Goal or a policy such as Steps(100), not {every!r}")
         for position, size in (policy.table or {}).items():
             if size > maximum or size % multiple_of:
@@ -81,7 +82,7 @@ class DynamicBatchSize(Callback):
         for hook in HOOKS:  # a policy's hooks run as this callback's own, before them
             theirs = getattr(policy, hook, None)
             if theirs is not None and getattr(type(policy), hook) is not getattr(Callback, hook):
-                vars(self)[hook] = functools.partial(in_turn, theirs, getattr(self, hook))
+                vars(self)[hook] = types.MethodType(in_turn(hook), self)
 
     def on_fit_start(self, state: State) -> None:
         """Say where the bound is an epoch's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor
 from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.host import HostCopy
+from ..loop.ranks import smallest
 from ..loop.state import State
-from .batch_policies import Grow
+from .batch_policies import Grow, Policy
+
+KEPT = ("means", "count", "growths", "_decided")
+log = logging.getLogger("hookloop")
 
 
 def two_batch_estimate(small: Any, big: Any, few: Any, many: Any) -> tuple[Any, Any]:
@@ -23,7 +28,12 @@ def two_batch_estimate(small: Any, big: Any, few: Any, many: Any) -> tuple[Any, 
     return (small - big) / (1 / few - 1 / many), (many * big - few * small) / (many - few)
 
 
-class NoiseScale(Callback):
+def wide(x: Tensor) -> Tensor:
+    """Return the tensor in a type in which the square of a norm fits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class NoiseScale(Policy, Callback):
     """Measures the gradient noise scale, in samples: batches far below it waste no sample, far above it waste most.
 
     Every `every` updates it takes the norm of the gradient after the first micro-batch and after the last: one norm
@@ -36,57 +46,62 @@ class NoiseScale(Callback):
     """
 
     measured = True
-    table = None
 
     def __init__(self, every: int = 10, smoothing: float = 0.95) -> None:
         whole("every", every, 2, none=False)
         if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be at least 0 and below 1, not {smoothing!r}")
         self.every, self.smoothing = every, smoothing
-        self.noise: Any = 0.0
-        self.signal: Any = 0.0
-        self.count, self.growths = 0, 0
+        self.means = torch.zeros(2)  # of the noise and of the signal
+        self.count, self.growths, self._measured, self._decided = 0, 0, -1, -1
         self._host, self._seen = HostCopy(), dict[str, float]()
         self._small: tuple[Tensor, Any] | None = None
 
     def on_step_start(self, state: State) -> None:
         """Have the update that will be measured hold two micro-batches at least."""
         self._small = None
-        if state.step % self.every == 0:
+        if self._due(state):
             state.least_micros = max(state.least_micros, 2)
+
+    def _due(self, state: State) -> bool:
+        return state.step % self.every == 0 and state.step != self._measured  # once, whatever is skipped
 
     def on_micro_end(self, state: State) -> None:
         """Take the norm after the first micro-batch."""
         micro = state.micro
-        if micro is None or not micro.training or micro.number or state.step % self.every or micro.share is None:
+        if micro is None or not micro.training or micro.number or micro.share is None or not self._due(state):
             return
-        norm = torch.nn.utils.get_total_norm(state.grads)
+        norm = wide(torch.nn.utils.get_total_norm(state.grads))
         if state.scaler is not None:
             norm = norm / state.scaler.scale(torch.ones_like(norm))
         self._small = (norm / micro.share) ** 2, micro.share * state.update_size
 
     def on_before_optimizer_step(self, state: State) -> None:
         """Take the norm after the last, and log the scale."""
-        if self._small is None or (norm := state.grad_norm) is None:
+        if self._small is None or state.grad_norm is None:
+            if self._due(state) and not self.count and state.update_size == 1:
+                log.warning("NoiseScale can't measure updates of one sample: begin with a batch of 2, or accumulate")
             return
-        (small, few), self._small = self._small, None
-        noise, signal = two_batch_estimate(small, norm**2, few, state.update_size)
-        old, new = 1.0 * self.smoothing, 1.0 - self.smoothing
-        good = torch.isfinite(noise + signal)  # one bad gradient must not stay in the averages
-        self.noise = torch.where(good, old * self.noise + new * noise, self.noise)
-        self.signal = torch.where(good, old * self.signal + new * signal, self.signal)
+        norm, (small, few) = wide(state.grad_norm), self._small
+        self._small, self._measured = None, state.step
+        new = torch.stack(two_batch_estimate(small, norm**2, few, state.update_size * state.world))
+        old = self.means.to(norm.device)  # restored ones lie on the host
+        good = torch.isfinite(new).all()  # one bad gradient must not stay in the averages
+        self.means = torch.where(good, self.smoothing * old + (1 - self.smoothing) * new, old)
         self.count += 1
-        state.log("noise_scale", self.noise / self.signal)
+        state.log("noise_scale", self.means[0] / self.means[1])
         self._host.pending.clear()  # only the latest counts, and where nobody asks for a size none is taken
-        self._host.put(self.count, {"noise": self.noise, "signal": self.signal})
+        self._host.put(self.count, {"noise": self.means[0], "signal": self.means[1]})
 
     def size(self, state: State, grow: Grow) -> int:
         """Return the batch size that the noise measured so far asks for."""
-        if state.step % self.every == 0 and self._drained() and self.count >= 1 / (1 - self.smoothing):
-            following = grow(self.growths + 1)
-            if following > grow(self.growths) and self._seen["noise"] > following * self._seen["signal"]:
-                self.growths += 1
-            self._seen = {}  # one growth a measurement, also after a skipped update
+        before, self._decided = self._decided, state.step - state.step % self.every
+        if before != self._decided and self._drained() and self.count >= 1 / (1 - self.smoothing):
+            more = next((k for k in range(self.growths + 1, self.growths + 1000) if grow(k) > grow(self.growths)), None)
+            if more is not None and self._seen["noise"] > grow(more) * self._seen["signal"]:
+                self.growths = more
+            self.growths = smallest(self.growths, state.world)
+            self._seen = {}
         return grow(self.growths)
 
     def _drained(self) -> bool:
@@ -97,11 +112,9 @@ class NoiseScale(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the averages and what they led to."""
         self._drained()
-        kept = {name: getattr(self, name) for name in ("noise", "signal", "count", "growths")}
-        return {**kept, "seen": self._seen}
+        return {"seen": self._seen, **{name: getattr(self, name) for name in KEPT}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._seen = state["seen"]
-        for name in ("noise", "signal", "count", "growths"):
-            setattr(self, name, state[name])
+        vars(self).update({name: state[name] for name in KEPT})

@@ -40,7 +40,7 @@ class Feed:
         self._source: Iterator[Any] = iter(())
         self._shape: dict[str, Any] = {}
         self._promised: dict[str, Any] = {}
-        self._before: tuple[int, int, Chunk | None] = 0, 0, None
+        self._before = 0, 0
         self._streams: list[torch.Generator] = []
         self._base = 0
 
@@ -85,7 +85,7 @@ class Feed:
             else:
                 self._source = iter(self.loader)
                 ahead = list(itertools.islice(self._source, 1))  # many draw their order with the first batch
-                self._source = itertools.chain(ahead, self._source)
+                self._source = itertools.chain(iter(ahead), self._source)  # chain holds its arguments, an iterator what is left
         if self.order is None:
             if seeds_samples and not isinstance(self.loader, list | tuple):  # it may draw here, for each batch
                 self._streams = generators(device)
@@ -114,11 +114,11 @@ class Feed:
         if self.again:
             again, self.again = self.again, []
             return again
-        self._before = self.read, self.offset, self.left
+        self._before, left = (self.read, self.offset), self.left
         try:
             return self._gather(batch_size, accumulate)
         except BaseException:
-            self.read, self.offset, self.left = self._before  # entered again, the run reads them again
+            (self.read, self.offset), self.left = self._before, left  # entered again, the run reads them again
             raise
 
     def _gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
@@ -174,9 +174,9 @@ class Feed:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""
-        read, offset, left = self._before if self.again else (self.read, self.offset, self.left)
-        kept = None if left is None else [batches.walk(left.data, own), left.index, left.size]
-        if not plain(kept):
+        (read, offset), left = self._before if self.again else (self.read, self.offset), self.left
+        kept = None if left is None or self.again else [batches.walk(left.data, own), left.index, left.size]
+        if self.again or not plain(kept):
             read, kept = read - 1, None  # it is read again, and its used samples left out
         return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept}
 

@@ -145,8 +145,8 @@ class Step:
             parts = [piece(c, a, b, loop.cut) for c in parts for a, b in batches.equal_cuts(c.size or 0, limit)]
         loop.state.update_size, loop.state.micro_size = self.size, max(part.size or 0 for part in parts)
         if loop.weigh is None:
-            weighed: list[tuple[Chunk, Any]] = [(part, part.size) for part in parts]
-        else:  # what weighs nothing takes no part: its mean loss is 0/0
+            weighed: list[tuple[Chunk, Any]] = [(part, part.size) for part in parts if part.size]
+        else:  # what weighs nothing, as what holds no sample, takes no part: its mean loss is 0/0
             weighed = [(part, w) for part in parts if isinstance(w := weight_of(loop, part), Tensor) or w > 0]
             self.weight = sum(w for _, w in weighed)
         if len(weighed) == 1:
