@@ -67,3 +67,8 @@ def check(callbacks: Iterable[Callback]) -> None:
 def table(callbacks: Iterable[Callback]) -> dict[str, tuple[Method, ...]]:
     """Return hook -> the methods that override it, in list order; built once, so an unused hook costs nothing."""
     return {hook: tuple(getattr(c, hook) for c in callbacks if hook in overridden(c)) for hook in HOOKS}
+
+
+def note(error: BaseException, method: Any, hook: str, step: int) -> None:
+    """Say in which callback's hook an error arose."""
+    error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")

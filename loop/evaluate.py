@@ -13,6 +13,7 @@ from .goal import number
 from .mean import Mean
 from .outputs import checked, detached, single, weight_of
 from .rng import derive, isolated
+from .state import computed
 
 if TYPE_CHECKING:
     from .life import Life
@@ -38,7 +39,7 @@ def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, fl
             if not count:
                 raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
             found: dict[str, Any] = {name: mean.value() for name, mean in means.items()}
-            found |= {name: value() if callable(value) else value for name, value in state._logged.items()}
+            found |= {name: computed(name, value) if callable(value) else value for name, value in state._logged.items()}
         finally:
             state._logged, state._evaluating = outer, False
             for module, training in modes:

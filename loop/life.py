@@ -19,7 +19,7 @@ from . import batch as batches
 from . import rng
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, whole
-from .dispatch import AROUND, PLAN, check, overridden, table
+from .dispatch import AROUND, PLAN, check, note, overridden, table
 from .feed import Chunk, Feed
 from .mean import Mean
 from .plan import count_steps
@@ -280,8 +280,3 @@ class Life:
                 self._constants.clear()
             self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
-
-
-def note(error: BaseException, method: Any, hook: str, step: int) -> None:
-    """Say in which callback's hook an error arose."""
-    error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import rng
 from .batch import move
+from .callback import Callback
+from .dispatch import note
 from .store import disk, plain
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ def capture(loop: Life) -> dict[str, Any]:
             "progress": {name: getattr(state, name) for name in ("step", "skipped", "epoch", "samples")},
             "optimizer": state.optimizer.state_dict(),
             "scaler": None if state.scaler is None else state.scaler.state_dict(),
-            "callbacks": {c.key: saved for c in sorted(loop.callbacks, key=lambda c: c.key) if (saved := c.state_dict())},
+            "callbacks": {
+                c.key: kept for c in sorted(loop.callbacks, key=lambda c: c.key) if (kept := state_of(c, state.step))
+            },
             "rng": rng.snapshot(state.device),
             "data": loop.feed.state_dict(),
             "train_loss": loop.train_loss.state_dict(),
@@ -33,6 +37,15 @@ def capture(loop: Life) -> dict[str, Any]:
             "seed": loop.seed,
         },
     }
+
+
+def state_of(callback: Callback, step: int) -> dict[str, Any]:
+    """Return what a callback saves; an error in it says whose it is."""
+    try:
+        return callback.state_dict()
+    except Exception as error:
+        note(error, callback.state_dict, "state_dict", step)
+        raise
 
 
 def restore(loop: Life, path: str | os.PathLike[str]) -> None:

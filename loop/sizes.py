@@ -74,8 +74,8 @@ class Sizes:
         if not points or now is None:
             return now or FIRST, False
         want = largest(points, room, self.multiple_of, self.failed)
-        if len(self.took) == 1 and want <= now > 1:  # one size tells no slope, and a smaller one always fits
-            return now // 2, False
+        if len(self.took) == 1 and want <= ran > 1:  # one size tells no slope, and a smaller one always fits
+            return ran // 2, False
         if self.hold:
             want = min(want, now)
         if self.throughput and self.ceiling is None and want > now:

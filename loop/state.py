@@ -118,7 +118,7 @@ class State:
         """Put metrics (single numbers) and what functions were logged into `state.metrics` as floats, for the last ones."""
         if odd := [name for name in metrics if not isinstance(name, str)]:
             raise TypeError(f"metrics must map names to numbers; {odd[0]!r} is no name")
-        found = {**metrics, **{name: value() for name, value in self._logged.items() if callable(value)}}
+        found = {**metrics, **{name: computed(name, value) for name, value in self._logged.items() if callable(value)}}
         self._logged = {}
         for name in self.reported:
             self.metrics.pop(name, None)
@@ -198,3 +198,12 @@ class State:
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate
+
+
+def computed(name: str, value: Callable[[], Any]) -> Any:
+    """Return what a logged function gives; an error in it names the metric."""
+    try:
+        return value()
+    except Exception as error:
+        error.add_note(f"in computing the logged metric {name!r}")
+        raise

@@ -87,6 +87,7 @@ class Micro:
                 if step.loop.hooks["on_micro_end"]:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
+                    step.check_untouched(between=True)
                 self.outputs, self._batch = singles(self.outputs), None
         elif isinstance(error, Exception) and step.redoes(error, self._chunk.size or 0):
             step.fail(error)
