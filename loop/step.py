@@ -7,20 +7,16 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import batch as batches
+from . import ranks
 from .feed import Chunk, piece
 from .outputs import checked, detached, singles, weight_of, weighted
-from .ranks import reducing, smallest
 
 if TYPE_CHECKING:
     from .life import Life
-
-
-FINE = 2**40  # what a rank answers that needs no redo: more than any size
 
 
 class Eager:
@@ -66,7 +62,7 @@ class Micro:
         if loop.state.world == 1:
             self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
         else:
-            with reducing(loop.state.model, self._last, self._step._alone):
+            with ranks.reducing(loop.state.model, self._last, self._step.rehearsal):
                 self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
         self._step.hold()
 
@@ -89,7 +85,7 @@ class Micro:
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
                     step.check_untouched(between=True)
                 self.outputs, self._batch = singles(self.outputs), None
-        elif isinstance(error, Exception) and step.redoes(error, self._chunk.size or 0):
+        elif isinstance(error, Exception) and ranks.redoes(step, error, self._chunk.size or 0):
             step.fail(error)
             traceback.clear_frames(trace)  # its locals hold the failed graph, and with it the memory
             self.outputs = self._batch = None
@@ -104,7 +100,7 @@ class Step:
     """The data of one update; iterating it gives the micro-batches, again from the first when a redo is asked for."""
 
     def __init__(self, loop: Life, chunks: list[Chunk]) -> None:
-        self.loop, self.chunks, self.size = loop, chunks, 0
+        self.loop, self.chunks, self.size, self.largest = loop, chunks, 0, 0
         for chunk in chunks:
             if chunk.size is None:
                 chunk.size = loop.measure(chunk.data)
@@ -112,9 +108,7 @@ class Step:
         self.weight: Any = self.size
         self._held: tuple[Tensor, Tensor, int, int] | None = None
         self.done: list[Micro] = []
-        self.complete = self.updated = self._redo = self._alone = False
-        # A size that is new is rehearsed by each rank alone, so that one that fails is missed by none; FSDP's forward can't be.
-        self._asks = loop.state.world > 1 and bool(loop.hooks["on_exception"]) and not hasattr(loop.state.model, "unshard")
+        self.complete = self.updated = self._redo = self.rehearsal = False
 
     def __iter__(self) -> Iterator[Micro]:
         loop, state = self.loop, self.loop.state
@@ -124,8 +118,7 @@ class Step:
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
             micros = self._cut()
-            size = -smallest(-state.micro_size, state.world) if self._asks else 0
-            self._alone = size > loop.proven
+            self.rehearsal = state.world > 1 and ranks.is_new(self)
             for micro in micros:
                 yield micro
                 if self._redo:
@@ -133,8 +126,7 @@ class Step:
                 if micro.outputs is None:
                     raise RuntimeError("a micro-batch went by without micro.backward(loss_fn)")
                 self.done.append(micro)
-            if self._alone and not self._redo and self.agreed():  # what was rehearsed is now run for all to average
-                loop.proven = size
+            if self.rehearsal and not self._redo and ranks.agreed(self):  # what was rehearsed is now run, for all to average
                 self.fail(None)
             self.complete = not self._redo
 
@@ -156,35 +148,6 @@ class Step:
             loop.state.skip("the weights of the whole step sum to 0")
         last = len(weighed) - 1
         return [Micro(self, i, part, w, w / self.weight, i == last) for i, (part, w) in enumerate(weighed)]
-
-    def redoes(self, error: Exception, size: int) -> bool:
-        """Tell whether this try, in which `size` samples failed, is redone: under several ranks by all of them or by none."""
-        if self.loop.state.world == 1:
-            return self.loop.redoes(error, size)
-        if not self._alone:
-            error.add_note("in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from "
-                           "the last checkpoint")  # fmt: skip
-            return False
-        answer = self.loop.redoes(error, size)
-        self.agreed((self.loop.state.micro_batch_size or FINE - 1) if answer else 0)
-        return answer
-
-    def agreed(self, again: int = FINE) -> bool:
-        """Tell whether a rehearsal went well on all ranks; each asks once in it.
-
-        `again`: it did not here, and would be redone at that size (0: nor can it be redone). Where others ask for a
-        smaller size, this rank's callbacks hear of it as of an error of their own.
-        """
-        size = smallest(again, self.loop.state.world)
-        if size == FINE or again == 0:
-            return size == FINE
-        if size == 0:
-            raise RuntimeError("another rank failed inside this step; its own error says why")
-        error = torch.OutOfMemoryError(f"another rank ran out of memory and asks for micro-batches of {size} samples")
-        if size != again and not self.loop.redoes(error, 2 * size):
-            raise error
-        self.fail(error)
-        return False
 
     def hold(self) -> None:
         """Remember a gradient as this backward left it."""
