@@ -186,6 +186,7 @@ class Life:
             attempt(functools.partial(method, self.state), method)
         if self._step is not None and not self._step.updated:
             self.feed.again = self._step.chunks  # entered again, the run goes on with this very step
+            attempt(functools.partial(self._step.fail, None))
             self._step.release()
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None

@@ -135,14 +135,14 @@ class Loop(Life):
                                "micro.backward(loss_fn)` must run to its end")  # fmt: skip
         step.check_untouched()
         applied = self._gradients_final(bool(step.done))
-        step.updated = True  # not before: a hook that raises leaves a step to be done again
         if applied:
             before = state.apply_rates()
             try:
-                while not self._updated():
+                while not self._updated(step):
                     pass
             finally:
                 state.restore_rates(before)
+        step.updated = True  # not before: a hook that raises leaves a step to be done again
         if state.scaler is not None and step.done:
             state.scaler.update()
         means = step.release()
@@ -226,10 +226,11 @@ class Loop(Life):
         state.apply_gradient_factors()
         return True
 
-    def _updated(self) -> bool:
+    def _updated(self, step: Step) -> bool:
         """Run the optimizer's step; return whether it is done, or was put back to be repeated."""
         state = self.state
-        kept = BeforeUpdate(state.optimizer) if state.keep_before_update else None
+        kept = BeforeUpdate(state) if state.keep_before_update else None
+        step.updated = True
         if self.streams is not None:  # an optimizer may draw too
             self.streams.begin(state.step + state.skipped, Streams.UPDATE)
         try:

@@ -42,8 +42,9 @@ class Snapshot:
 class BeforeUpdate:
     """A copy, on the host, of what an optimizer's step changes, so that one that failed half way can be put back."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, state: State) -> None:
+        self.optimizer = optimizer = state.optimizer
+        self.streams = [(generator, generator.get_state()) for generator in generators(state.device)]
         self.groups = [dict(group) for group in optimizer.param_groups]
         self.state = {p: dict(values) for p, values in optimizer.state.items()}
         self.grads = [(p, p.grad) for group in self.groups for p in group["params"]]
@@ -62,6 +63,8 @@ class BeforeUpdate:
                 x.copy_(copy)
         for p, grad in self.grads:
             p.grad = grad
+        for generator, drawn in self.streams:
+            generator.set_state(drawn)
 
 
 def host_copy(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def state_of(callback: Callback, step: int) -> dict[str, Any]:
     try:
         return callback.state_dict()
     except Exception as error:
-        note(error, callback.state_dict, "state_dict", step)
+        note(error, callback.state_dict, "state_dict (for a checkpoint)", step)
         raise
 
 

@@ -108,7 +108,7 @@ class Step:
         self.weight: Any = self.size
         self._held: tuple[Tensor, Tensor, int, int] | None = None
         self.done: list[Micro] = []
-        self.complete = self.updated = self._redo = self.rehearsal = False
+        self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 
     def __iter__(self) -> Iterator[Micro]:
         loop, state = self.loop, self.loop.state
@@ -117,6 +117,7 @@ class Step:
             self.done, self._redo, self._held = [], False, None
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
+                self.taken = True
             micros = self._cut()
             self.rehearsal = state.world > 1 and ranks.is_new(self)
             for micro in micros:
@@ -169,7 +170,7 @@ class Step:
     def fail(self, error: Exception | None) -> None:
         """Go back to where the step began, so that it can be redone in other cuts."""
         self._redo = True
-        if self.loop.snapshot is not None:
+        if self.loop.snapshot is not None and self.taken:
             self.loop.snapshot.put_back(error)
 
     def release(self) -> dict[str, Any]:
