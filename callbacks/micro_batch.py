@@ -80,7 +80,7 @@ class MicroBatch(Callback):
         self._open = memory.retries(), self.sizes.throughput and memory.mark()
 
     def _learn(self, state: State) -> None:
-        memory, opened, self._open = self.memory, self._open, None
+        memory, opened, self._open, self._tried = self.memory, self._open, None, []
         if opened is not None:
             if memory.retries() > opened[0]:  # it fitted in pieces only
                 self.sizes.fail(state.micro_size, memory.capacity() - self._lies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -101,8 +102,8 @@ class Sizes:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it."""
-        return {name: value for name, value in vars(self).items() if name not in ("multiple_of", "throughput")}
+        return copy.deepcopy({name: value for name, value in vars(self).items() if name not in ("multiple_of", "throughput")})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        vars(self).update(state)
+        vars(self).update(copy.deepcopy(state))

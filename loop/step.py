@@ -162,7 +162,8 @@ class Step:
         if self._held is None:
             return
         p, grad, version, weights = self._held
-        if p.grad is not grad or p._version != weights or (between and grad._version != version):
+        changed = (p.grad is not grad or grad._version != version) if between else p.grad is None  # clipped by hand is fine
+        if changed or p._version != weights:
             raise RuntimeError("a step was interrupted: between its backwards and loop.update() something else cleared its "
                                "gradients or changed the weights (zero_grad or optimizer.step in a callback or in the "
                                "loop's body); leave both to loop.update()")  # fmt: skip

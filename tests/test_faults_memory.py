@@ -761,6 +761,7 @@ def test_am5_what_is_no_interruption(kind: str) -> None:
                 nn.utils.clip_grad_value_(model.parameters(), 0.001)
                 for p in model.parameters():
                     p.grad.mul_(0.5)  # type: ignore[union-attr]
+                    p.grad = p.grad * 1.0  # type: ignore[operator]
                 loop.update()
                 assert total > 0.01
     assert loop.state.step == 3
