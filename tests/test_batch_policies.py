@@ -408,17 +408,17 @@ def test_deep_copies_are_independent(policy: str) -> None:
     first = growing(policy)
     second, used = copy.deepcopy(first), first
     loop, sizes = run(built_in, [used], val=val_of(policy))
-    kept = copy.deepcopy(used.state_dict())
-    assert second.state_dict() == growing(policy).state_dict()
+    kept = str(used.state_dict())
+    assert str(second.state_dict()) == str(growing(policy).state_dict())
     again, others = run(built_in, [second], val=val_of(policy))
     assert sizes.rows == others.rows
     assert_same_bits(bits(loop), bits(again))
     third = copy.deepcopy(used)  # of a used one: free for another Loop, and it starts from what was learnt
     assert third.policy is not used.policy
     run(built_in, [third], val=val_of(policy))
-    assert used.state_dict() == kept
+    assert str(used.state_dict()) == kept
     if policy != "steps":
-        assert third.state_dict() != kept
+        assert str(third.state_dict()) != kept
 
 
 @pytest.mark.parametrize("policy", POLICIES)
