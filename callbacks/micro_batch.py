@@ -67,7 +67,7 @@ class MicroBatch(Callback):
             return
         if timed and (seconds := memory.seconds(*timed[2:])) is not None:
             self._timed = None
-            self.sizes.timing(timed[0], timed[1] / seconds)
+            self.sizes.timing(timed[0], timed[1] / max(seconds, 1e-9))
         if state.step % EVERY and (state.step > 2 * EVERY if state.world > 1 else self.settled or self._timed):
             return
         self._lies, now = memory.allocated(), self.train
@@ -80,11 +80,11 @@ class MicroBatch(Callback):
         self._open = memory.retries(), self.sizes.throughput and memory.mark()
 
     def _learn(self, state: State) -> None:
-        memory, opened, self._open, self._tried = self.memory, self._open, None, []
+        memory, opened, self._open = self.memory, self._open, None
         if opened is not None:
             if memory.retries() > opened[0]:  # it fitted in pieces only
                 self.sizes.fail(state.micro_size, memory.capacity() - self._lies)
-            self.sizes.measured(state.micro_size, memory.peak() - self._lies)
+            self.sizes.measured(state.micro_size, memory.peak() - self._lies, self._lies)
             if self.sizes.throughput:
                 self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
 

@@ -82,8 +82,7 @@ class NoiseScale(Policy, Callback):
             if self._due(state) and not self.count and state.update_size == 1:
                 log.warning("NoiseScale can't measure updates of one sample: begin with a batch of 2, or accumulate")
             return
-        norm, (small, few) = wide(state.grad_norm), self._small
-        self._small, self._measured = None, state.step
+        norm, (small, few), self._small, self._measured = wide(state.grad_norm), self._small, None, state.step
         new = torch.stack(two_batch_estimate(small, norm**2, few, state.update_size * state.world))
         old = self.means.to(norm.device)  # restored ones lie on the host
         good = torch.isfinite(new).all()  # one bad gradient must not stay in the averages
@@ -96,12 +95,13 @@ class NoiseScale(Policy, Callback):
     def size(self, state: State, grow: Grow) -> int:
         """Return the batch size that the noise measured so far asks for."""
         before, self._decided = self._decided, state.step - state.step % self.every
-        if before != self._decided and self._drained() and self.count >= 1 / (1 - self.smoothing):
-            more = next((k for k in range(self.growths + 1, self.growths + 1000) if grow(k) > grow(self.growths)), None)
-            if more is not None and self._seen["noise"] > grow(more) * self._seen["signal"]:
-                self.growths = more
-            self.growths = smallest(self.growths, state.world)
-            self._seen = {}
+        if before != self._decided:
+            if self._drained() and self.count >= 1 / (1 - self.smoothing):
+                more = next((k for k in range(self.growths + 1, self.growths + 1000) if grow(k) > grow(self.growths)), None)
+                if more is not None and self._seen["noise"] > grow(more) * self._seen["signal"]:
+                    self.growths = more
+                self._seen = {}
+            self.growths = smallest(self.growths, state.world)  # asked by all, whatever each has measured
         return grow(self.growths)
 
     def _drained(self) -> bool:

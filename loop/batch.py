@@ -126,8 +126,9 @@ def equal_cuts(total: int, limit: int | None) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def join(parts: Sequence[Any]) -> Any | None:
-    """Return several batches as one, or None where a leaf differs in kind, dtype or trailing shape."""
+def join(parts: Sequence[Any], sizes: Sequence[int | None] = ()) -> Any | None:
+    """Return several batches as one, or None where a leaf differs in kind, dtype or trailing shape, or goes by no sample."""
+    sizes = sizes or [size(part) for part in parts]
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -135,9 +136,11 @@ def join(parts: Sequence[Any]) -> Any | None:
     if kids[0] is not None:
         if any(k is None or k.keys() != kids[0].keys() for k in kids) or len({type(part) for part in parts}) > 1:
             return None
-        joined = {key: join([k[key] for k in kids if k is not None]) for key in kids[0]}
+        joined = {key: join([k[key] for k in kids if k is not None], sizes) for key in kids[0]}
         lost = any(v is None and any(k[key] is not None for k in kids if k is not None) for key, v in joined.items())
         return None if lost else rebuild(first, joined)
+    if isinstance(first, Tensor | list | tuple) and [length(p) for p in parts] != list(sizes):
+        return first if all(p is first for p in parts) else None
     if all(isinstance(p, Tensor) and p.layout == torch.strided and not p.is_nested and p.dim() for p in parts):
         same = all((p.dtype, p.shape[1:], p.device) == (first.dtype, first.shape[1:], first.device) for p in parts)
         if not same:

@@ -25,6 +25,7 @@ class Chunk:
     data: Any
     index: list[Any] | None = None
     size: int | None = None
+    part: bool = False  # of a loader batch
 
 
 class Feed:
@@ -132,6 +133,9 @@ class Feed:
                 known = all(part.index is not None for part in parts)
                 index = [i for part in parts for i in part.index or ()] if known else None
                 parts = [Chunk(joined, index, sum(part.size or 0 for part in parts))]
+            for part in parts:
+                if part.part:  # a view's rounding may differ from that of a restored copy, which lies elsewhere in memory
+                    part.data = batches.walk(part.data, fresh)
             found += parts
         return found
 
@@ -145,6 +149,7 @@ class Feed:
             chunk = self._measured(chunk)
             take = min(wanted, chunk.size or 0)
             parts.append(piece(chunk, 0, take, self.cut))
+            parts[-1].part = bool(self.offset) or take < (chunk.size or 0)
             wanted -= take
             self.offset = self.offset + take if take < (chunk.size or 0) else 0
             if self.offset:
@@ -184,6 +189,11 @@ class Feed:
         """Take a position back; `open` goes there."""
         self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
+
+
+def fresh(x: Any, path: str) -> Any:
+    """Return a tensor in memory of its own, unless that is pinned for a device to copy from."""
+    return x if isinstance(x, torch.Tensor) and x.is_pinned() else own(x, path)
 
 
 def own(x: Any, path: str) -> Any:

@@ -69,6 +69,9 @@ class Life:
         self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
         self._skips, self._saved_at = 0, -1
+        self.optimizer_steps = 0
+        if hasattr(optimizer, "register_step_post_hook"):
+            optimizer.register_step_post_hook(functools.partial(count_step, weakref.ref(self)))
         self.proven = 0  # the largest micro-batch that went through on all ranks
         self._was_set_up = self._entered = self._begun = self._torn = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
@@ -281,3 +284,9 @@ class Life:
                 self._constants.clear()
             self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
+
+
+def count_step(loop: weakref.ref[Life], *about: Any) -> None:
+    """Count a step of the optimizer, whoever ran it."""
+    if (found := loop()) is not None:
+        found.optimizer_steps += 1

@@ -59,6 +59,9 @@ def is_new(step: Step) -> bool:
     if not loop.hooks["on_exception"] or hasattr(loop.state.model, "unshard"):
         return False
     step.largest = -smallest(-loop.state.micro_size, loop.state.world)
+    model: Any = loop.state.model
+    if step.largest > loop.proven and hasattr(model, "reducer"):
+        model.reducer._rebuild_buckets()  # else DDP's ranks would wait for one another in the next forward
     return step.largest > loop.proven
 
 
@@ -85,6 +88,9 @@ def agreed(step: Step, again: int = FINE) -> bool:
     size = smallest(again, step.loop.state.world)
     if size == FINE:
         step.loop.proven = step.largest
+        model: Any = step.loop.state.model
+        if hasattr(model, "require_forward_param_sync"):
+            model.require_forward_param_sync = True
     if size == FINE or again == 0:
         return size == FINE
     if size == 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,11 +19,14 @@ class Snapshot:
 
     def __init__(self, state: State) -> None:
         self.generators, self.model = generators(state.device), state.model
+        ours = {p for group in state.optimizer.param_groups for p in group["params"]}
+        self.outside = [p for p in state.model.parameters() if p.requires_grad and p not in ours]
 
     def take(self, chunks: list[Chunk]) -> None:
         """Remember the moment before a step's first forward."""
-        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items() if b is not None]
-        self.buffers = [(owner, name, buffer, buffer.clone()) for owner, name, buffer in held]
+        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
+        self.buffers = [(owner, name, buffer, None if buffer is None else buffer.clone()) for owner, name, buffer in held]
+        self.grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.outside]
         self.states = [generator.get_state() for generator in self.generators]
         found = [(path, x) for chunk in chunks for path, x in leaves(chunk.data) if isinstance(x, Tensor)]
         self.versions = [(path, x, x._version) for path, x in found if not x.is_inference()]
@@ -33,8 +39,13 @@ class Snapshot:
                                    "change a copy of it instead") from error  # fmt: skip
         with torch.no_grad():
             for owner, name, buffer, kept in self.buffers:
-                buffer.copy_(kept)
+                if buffer is not None and kept is not None:
+                    buffer.copy_(kept)
                 owner[name] = buffer
+            for p, grad, copy in self.grads:
+                p.grad = grad
+                if grad is not None and copy is not None:
+                    grad.copy_(copy)
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
 
@@ -45,19 +56,18 @@ class BeforeUpdate:
     def __init__(self, state: State) -> None:
         self.optimizer = optimizer = state.optimizer
         self.streams = [(generator, generator.get_state()) for generator in generators(state.device)]
-        self.groups = [dict(group) for group in optimizer.param_groups]
-        self.state = {p: dict(values) for p, values in optimizer.state.items()}
+        self.groups = [shell(group) for group in optimizer.param_groups]
+        self.state = {p: shell(values) for p, values in optimizer.state.items()}
         self.grads = [(p, p.grad) for group in self.groups for p in group["params"]]
-        held = [*self.grads, *(values.values() for values in self.state.values()), *(g.values() for g in self.groups)]
-        found = {id(x): x for values in held for x in values if isinstance(x, Tensor)}
+        found = {id(x): x for x in tensors([self.grads, list(self.state.values()), self.groups])}
         self.copies = [(x, host_copy(x.detach())) for x in found.values()]
 
     def put_back(self) -> None:
         """Go back to that moment."""
         for group, kept in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group.update(kept)
+            group.update(shell(kept))
         self.optimizer.state.clear()
-        self.optimizer.state.update({p: dict(values) for p, values in self.state.items()})
+        self.optimizer.state.update({p: shell(values) for p, values in self.state.items()})
         with torch.no_grad():
             for x, copy in self.copies:
                 x.copy_(copy)
@@ -65,6 +75,22 @@ class BeforeUpdate:
             p.grad = grad
         for generator, drawn in self.streams:
             generator.set_state(drawn)
+
+
+def shell(x: Any) -> Any:
+    """Return the same containers anew, around the same tensors."""
+    if isinstance(x, dict):
+        return {key: shell(value) for key, value in x.items()}
+    return type(x)(map(shell, x)) if type(x) in (list, tuple) else x
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested containers."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict | list | tuple):
+        for value in x.values() if isinstance(x, dict) else x:
+            yield from tensors(value)
 
 
 def host_copy(x: Tensor) -> Tensor:

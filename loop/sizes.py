@@ -30,7 +30,9 @@ def largest(
     slope = sum((n - mean_n) * (t - mean_t) for n, t in points) / spread if spread else 0.0
     a = min(mean_t - slope * mean_n, *(t for _, t in points)) if spread else 0.0
     b = max([(t - a) / n for n, t in points if 4 * n >= top] + [(t - a) / n for n, t, *_ in failed])
-    found = JUMP * top if JUMP * top * b <= room - a else int(max(0.0, room - a) / b)
+    if b <= 0 and room < a:  # no size took more than another, and all took too much
+        a, b = 0.0, max(t / n for n, t in points if n == top)
+    found = JUMP * top if JUMP * top * b <= room - a else int(max(0.0, room - a) / b) if b > 0 else 0
     return max(1, found // multiple_of * multiple_of if found >= multiple_of else found)
 
 
@@ -50,11 +52,14 @@ class Sizes:
         self.failed: list[list[float]] = []  # samples, memory that was not enough, looks until it counts no more
         self.hold, self.patience = 0, 2  # looks until it may grow again after a failure, and after the next one
         self.ceiling: int | None = None
+        self.count, self.lay = 0, 0.0  # measurements in all, and what lay there at the first
         self.last = self.ran = 0  # the size last measured, and at the look before
 
-    def measured(self, n: int, took: float) -> None:
-        """Take what one step at `n` samples took; failures of old fade."""
-        self.last = n
+    def measured(self, n: int, took: float, lay: float = 0) -> None:
+        """Take what one step at `n` samples took beside what `lay` there before; failures of old fade."""
+        self.last, self.count, self.lay = n, self.count + 1, self.lay if self.count else lay
+        if self.count == 2 and lay > self.lay:  # the first update also made gradients and the optimizer's state
+            self.took = {}
         self.took[n] = [*self.took.get(n, []), took][-KEPT:]
         self.failed = [[size, memory, left - 1] for size, memory, left in self.failed if left > 1]
         self.hold = max(0, self.hold - 1)
@@ -75,8 +80,8 @@ class Sizes:
         if not points or now is None:
             return now or FIRST, False
         want = largest(points, room, self.multiple_of, self.failed)
-        if len(self.took) == 1 and want <= ran > 1:  # one size tells no slope, and a smaller one always fits
-            return ran // 2, False
+        if len(self.took) == 1 and want <= ran and (ran > 1 or now == 1):  # one size tells no slope; what is smaller fits
+            return ran // 2 or FIRST, False  # and so did the first
         if self.hold:
             want = min(want, now)
         if self.throughput and self.ceiling is None and want > now:

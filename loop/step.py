@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .life import Life
 
 
+ZERO_GRAD = Optimizer.zero_grad
+
+
 class Eager:
     """Runs micro-batches and updates as written, one operation after another (`state.runner`)."""
 
@@ -39,11 +42,12 @@ class Eager:
 class Micro:
     """One micro-batch: `with micro: micro.backward(loss_fn)`."""
 
-    __slots__ = ("_batch", "_chunk", "_factor", "_last", "_open", "_step", "number", "outputs", "weight")
+    __slots__ = ("_batch", "_chunk", "_factor", "_last", "_open", "_reducing", "_step", "number", "outputs", "weight")
 
     def __init__(self, step: Step, number: int, chunk: Chunk, weight: float | Tensor, factor: Any, last: bool = True) -> None:
         self._step, self.number, self._chunk, self.weight, self._factor = step, number, chunk, weight, factor
         self._open, self._batch, self._last = False, None, last
+        self._reducing: Any = None
         self.outputs: dict[str, Any] | None = None
 
     @property
@@ -59,11 +63,7 @@ class Micro:
             raise RuntimeError("micro.backward must run inside `with micro:`, once")
         loop, self._open = self._step.loop, False
         batch = self.batch if callable(loss) else None
-        if loop.state.world == 1:
-            self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
-        else:
-            with ranks.reducing(loop.state.model, self._last, self._step.rehearsal):
-                self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
+        self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
         self._step.hold()
 
     def __enter__(self) -> Micro:
@@ -72,14 +72,21 @@ class Micro:
         if self.number:
             self._step.check_untouched(between=True)
         loop, self._open = self._step.loop, True
+        if loop.state.world > 1:  # around all of the body, since a forward of the user's own may stand in it
+            self._reducing = ranks.reducing(loop.state.model, self._last, self._step.rehearsal)
+            self._reducing.__enter__()
         if loop.streams is not None:
             loop.streams.begin(loop.state.step + loop.state.skipped, self.number)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         step, self._open = self._step, False
+        if self._reducing is not None:
+            self._reducing.__exit__(kind, error, trace)
         if error is None:
             if self.outputs is not None:
+                step.check_untouched()
+                step.hold()
                 if step.loop.hooks["on_micro_end"]:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
@@ -106,15 +113,16 @@ class Step:
                 chunk.size = loop.measure(chunk.data)
             self.size += chunk.size
         self.weight: Any = self.size
-        self._held: tuple[Tensor, Tensor, int, int] | None = None
+        self._held: tuple[Tensor, Tensor, int] | None = None
         self.done: list[Micro] = []
+        self._before = 0
         self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 
     def __iter__(self) -> Iterator[Micro]:
         loop, state = self.loop, self.loop.state
         while not self.complete:
             clear_gradients(state.optimizer)  # here, not after the update: whatever was left, a step starts from nothing
-            self.done, self._redo, self._held = [], False, None
+            self.done, self._redo, self._held, self._before = [], False, None, loop.optimizer_steps
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
                 self.taken = True
@@ -137,12 +145,12 @@ class Step:
             limit = min(-(-self.size // least), limit or self.size) or 1
         if limit is not None:
             parts = [piece(c, a, b, loop.cut) for c in parts for a, b in batches.equal_cuts(c.size or 0, limit)]
-        loop.state.update_size, loop.state.micro_size = self.size, max(part.size or 0 for part in parts)
         if loop.weigh is None:
             weighed: list[tuple[Chunk, Any]] = [(part, part.size) for part in parts if part.size]
         else:  # what weighs nothing, as what holds no sample, takes no part: its mean loss is 0/0
             weighed = [(part, w) for part in parts if isinstance(w := weight_of(loop, part), Tensor) or w > 0]
             self.weight = sum(w for _, w in weighed)
+        loop.state.update_size, loop.state.micro_size = self.size, max((part.size or 0 for part, _ in weighed), default=0)
         if len(weighed) == 1:
             return [Micro(self, 0, *weighed[0], None)]
         if not weighed:
@@ -151,22 +159,22 @@ class Step:
         return [Micro(self, i, part, w, w / self.weight, i == last) for i, (part, w) in enumerate(weighed)]
 
     def hold(self) -> None:
-        """Remember a gradient as this backward left it."""
+        """Remember a gradient as this micro-batch left it."""
         groups = self.loop.state.optimizer.param_groups
         p = self._held[0] if self._held else next((p for g in groups for p in g["params"] if p.grad is not None), None)
         if p is not None and p.grad is not None:
-            self._held = p, p.grad, p.grad._version, p._version
+            self._held = p, p.grad, p.grad._version
 
     def check_untouched(self, between: bool = False) -> None:
-        """Raise RuntimeError where someone else cleared this step's gradients, or updated the weights."""
+        """Raise RuntimeError where someone else cleared or changed this step's gradients, or ran the optimizer."""
         if self._held is None:
             return
-        p, grad, version, weights = self._held
+        p, grad, version = self._held
         changed = (p.grad is not grad or grad._version != version) if between else p.grad is None  # clipped by hand is fine
-        if changed or p._version != weights:
-            raise RuntimeError("a step was interrupted: between its backwards and loop.update() something else cleared its "
-                               "gradients or changed the weights (zero_grad or optimizer.step in a callback or in the "
-                               "loop's body); leave both to loop.update()")  # fmt: skip
+        if changed or self.loop.optimizer_steps != self._before:
+            raise RuntimeError("a step was interrupted: between its backwards and loop.update() something else cleared or "
+                               "changed its gradients, or ran the optimizer (zero_grad or optimizer.step in a callback or in "
+                               "the loop's body); leave both to loop.update()")  # fmt: skip
 
     def fail(self, error: Exception | None) -> None:
         """Go back to where the step began, so that it can be redone in other cuts."""
@@ -191,7 +199,7 @@ class Step:
 
 def clear_gradients(optimizer: Optimizer) -> None:
     """Do what torch's own `zero_grad()` does without the profiler's range around it, which costs more than a small step."""
-    if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
+    if getattr(optimizer.zero_grad, "__func__", None) is not ZERO_GRAD:
         optimizer.zero_grad()  # one that does it its own way
     else:
         for group in optimizer.param_groups:

@@ -489,3 +489,18 @@ def test_dl7_errors_reach_the_user_with_the_remedy(form: Any) -> None:
     found = trained(form, [{"x": data, "y": data.sum(1), "w": torch.zeros(3)}], Cuts(micro=10),
                     cut=lambda b, i, j: {"x": b["x"][i:j], "y": b["y"][i:j], "w": b["w"]})  # fmt: skip
     assert torch.allclose(found, trained(form, [KINDS["dict"](data)], Cuts()), rtol=1e-12, atol=0)
+
+
+def test_what_goes_by_no_sample_is_not_joined() -> None:
+    """Lists that hold a list or mapping for each sample, and tensors without a batch dimension: parts stay their own."""
+    x = torch.zeros(2, 1)
+    assert join([{"x": x, "words": [["a"], ["b"]]}, {"x": x, "words": [["c"], ["d"]]}]) is None
+    boxes = [{"boxes": torch.zeros(3, 4)}, {"boxes": torch.zeros(1, 4)}]
+    assert join([(x, boxes), (x, boxes[::-1])]) is None
+    assert join([{"x": x, "weights": torch.ones(3)}, {"x": x, "weights": torch.zeros(3)}]) is None
+    weights = torch.ones(3)
+    joined = join([{"x": x, "weights": weights}, {"x": x, "weights": weights}])
+    assert joined is not None
+    assert joined["weights"] is weights
+    assert len(joined["x"]) == 4
+    assert join([[x, x], [x, x]]) is not None  # the very same batch, twice
