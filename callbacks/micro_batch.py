@@ -47,7 +47,7 @@ class MicroBatch(Callback):
         self.headroom, self.on_step_oom, self.auto, self.memory = headroom, on_step_oom, size == "auto", memory
         self.train = self.evaluation = None if isinstance(size, str) else size
         self.sizes, self.settled = Sizes(multiple_of, target == "throughput"), False
-        self._lies, self._undone, self._tried = 0, 0, list[int]()
+        self._base, self._undone, self._tried = 0, 0, list[int]()
         if self.auto or on_step_oom == "rollback":  # an instance's hooks: a fixed size needs none, nor keeps what a redo needs
             vars(self).update(on_step_start=self._look, on_before_optimizer_step=self._learn, on_exception=self._again)
 
@@ -70,8 +70,8 @@ class MicroBatch(Callback):
             self.sizes.timing(timed[0], timed[1] / max(seconds, 1e-9))
         if state.step % EVERY and (state.step > 2 * EVERY if state.world > 1 else self.settled or self._timed):
             return
-        self._lies, now = memory.allocated(), self.train
-        size, self.settled = self.sizes.choose(now, self.sizes.last, self.headroom * memory.capacity() - self._lies)
+        self._base, now = memory.allocated(), self.train
+        size, self.settled = self.sizes.choose(now, self.sizes.last, self.headroom * memory.capacity() - self._base)
         self.train = smallest(size, state.world)
         if self.train != now:
             log.info("step %d: micro-batches of %d samples, after %s", state.step, self.train, now)
@@ -83,8 +83,8 @@ class MicroBatch(Callback):
         memory, opened, self._open = self.memory, self._open, None
         if opened is not None:
             if memory.retries() > opened[0]:  # it fitted in pieces only
-                self.sizes.fail(state.micro_size, memory.capacity() - self._lies)
-            self.sizes.measured(state.micro_size, memory.peak() - self._lies, self._lies)
+                self.sizes.fail(state.micro_size, memory.capacity() - self._base)
+            self.sizes.measured(state.micro_size, memory.peak() - self._base, self._base)
             if self.sizes.throughput:
                 self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
 
@@ -104,7 +104,7 @@ class MicroBatch(Callback):
         if not micro.training:
             self.evaluation = half
         else:
-            self.sizes.fail(micro.size, self.memory.capacity() - self._lies if self.memory else 0)
+            self.sizes.fail(micro.size, self.memory.capacity() - self._base if self.memory else 0)
             self.train, self._open, self.settled = half, None, False
         self.on_fit_start(state)
         return True

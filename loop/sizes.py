@@ -52,13 +52,13 @@ class Sizes:
         self.failed: list[list[float]] = []  # samples, memory that was not enough, looks until it counts no more
         self.hold, self.patience = 0, 2  # looks until it may grow again after a failure, and after the next one
         self.ceiling: int | None = None
-        self.count, self.lay = 0, 0.0  # measurements in all, and what lay there at the first
+        self.count, self.base = 0, 0.0  # measurements in all, and what lay there at the first
         self.last = self.ran = 0  # the size last measured, and at the look before
 
-    def measured(self, n: int, took: float, lay: float = 0) -> None:
-        """Take what one step at `n` samples took beside what `lay` there before; failures of old fade."""
-        self.last, self.count, self.lay = n, self.count + 1, self.lay if self.count else lay
-        if self.count == 2 and lay > self.lay:  # the first update also made gradients and the optimizer's state
+    def measured(self, n: int, took: float, base: float = 0) -> None:
+        """Take what one step at `n` samples took beyond the `base` that lay there before; failures of old fade."""
+        self.last, self.count, self.base = n, self.count + 1, self.base if self.count else base
+        if self.count == 2 and base > self.base:  # the first update also made gradients and the optimizer's state
             self.took = {}
         self.took[n] = [*self.took.get(n, []), took][-KEPT:]
         self.failed = [[size, memory, left - 1] for size, memory, left in self.failed if left > 1]

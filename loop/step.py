@@ -85,9 +85,11 @@ class Micro:
             self._reducing.__exit__(kind, error, trace)
         if error is None:
             if self.outputs is not None:
-                step.check_untouched()
-                step.hold()
-                if step.loop.hooks["on_micro_end"]:
+                watched = bool(step.loop.hooks["on_micro_end"])
+                if watched or not self._last:  # else loop.update() looks next
+                    step.check_untouched()
+                    step.hold()
+                if watched:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
                     step.check_untouched(between=True)
