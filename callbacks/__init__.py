@@ -9,6 +9,7 @@ from .gradient_accumulation import GradientAccumulation
 from .metrics import Metrics
 from .micro_batch import MicroBatch
 from .noise_scale import NoiseScale
+from .preemption import Preemption
 from .progress import Progress
 from .schedule import Schedule
 from .seed import Seed
@@ -28,6 +29,7 @@ __all__ = [
     "NoiseScale",
     "Plateau",
     "Policy",
+    "Preemption",
     "Progress",
     "Schedule",
     "Seed",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,6 +11,7 @@ from typing import Any
 
 from ..loop import store
 from ..loop.callback import Callback
+from ..loop.checks import among, flag, whole
 from ..loop.goal import Goal, Tracker
 from ..loop.state import State
 
@@ -23,20 +21,20 @@ class Checkpoint(Callback):
 
     Written at each epoch's end, at the end of training, and every `every` updates or `timedelta`; whole or not at all,
     after every callback's hook has run. The newest `keep` stay (None: all), and the best of `best` (a metric or `Goal`
-    with its mode), which holds a file named `best`. In each folder `model.pt` is the plain state dict, which
-    `torch.load(..., weights_only=True)` reads without hookloop. Raises ValueError for bad settings and for a folder
-    that holds checkpoints of another run, OSError at the start for one that can't be written.
+    with its mode). `background`: a step waits for the copy to host memory alone, and for a save that is still being
+    written. `on_failure`: a save that fails (a full disk) leaves the older ones whole and is a warning ("warn") or ends
+    the run with its OSError ("stop"). In each folder `model.pt` is the plain state dict, which `torch.load` reads without
+    hookloop. Raises ValueError for bad settings and for a folder that holds checkpoints of another run, OSError at the
+    start for one that can't be written, TypeError at the first save for a callback's state that is no plain data.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int | timedelta | None = None, keep: int | None = 3,
-                 best: str | Goal | None = None) -> None:  # fmt: skip
-        length = every.total_seconds() if isinstance(every, timedelta) else every
-        if every is not None and (isinstance(length, bool) or not isinstance(length, int | float) or not length > 0):
-            raise ValueError(f"every must be a number of updates, at least 1, or a timedelta above 0, not {every!r}")
-        if isinstance(every, float):
-            raise ValueError(f"every counts updates: give a whole number, or a timedelta, not {every!r}")
-        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 1):
-            raise ValueError(f"keep must be a number of checkpoints, at least 1, or None for all, not {keep!r}")
+                 best: str | Goal | None = None, background: bool = False, on_failure: str = "warn") -> None:  # fmt: skip
+        flag("background", background)
+        among("on_failure", on_failure, ("warn", "stop"))
+        if not (isinstance(every, timedelta) and every > timedelta(0)):
+            whole("every (updates, or a timedelta above 0)", every, 1)
+        whole("keep (checkpoints, None for all)", keep, 1)
         if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
             raise ValueError(f"folder must be the path of a folder, such as 'runs/a', not {folder!r}")
         self.folder, self.every, self.keep = Path(folder), every, keep
@@ -44,6 +42,8 @@ class Checkpoint(Callback):
         self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
         self.optional = () if every is None else ("on_epoch_end",)
         self._saved_at = time.monotonic()
+        self._writer = store.Writer(background, on_failure)
+        self._known = dict[tuple[str, str], Any]()
 
     def on_setup(self, state: State) -> None:
         """Be the one who writes."""
@@ -52,22 +52,19 @@ class Checkpoint(Callback):
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
+            store.prepare(self.folder)
         except OSError as error:
             raise OSError(f"can't write to folder={str(self.folder)!r}, give another: {error}") from error
-        for draft in self.folder.glob(".step-*.part"):
-            shutil.rmtree(draft, ignore_errors=True)
         for later in (p for p in store.list_checkpoints(self.folder) if store.step_of(p) > state.step):
-            if store.readable(later):
+            if store.intact(later):
                 raise ValueError(f"folder {str(self.folder)!r} holds {later.name}, beyond this run's step {state.step}: give "
                                  f"Loop(..., resume={str(self.folder)!r}) to go on from it, or an empty folder")  # fmt: skip
             later.rename(later.with_name(f"unreadable-{later.name}"))  # this run comes by that step again
         self._saved_at = time.monotonic()
 
     def on_step_end(self, state: State) -> None:
-        """Ask for a save where one is due."""
+        """Ask for a save where one is due; tell of one that failed behind the training."""
+        self._writer.settle(wait=False)
         if isinstance(self.every, int) and state.step % self.every == 0:
             state.save("step")
         elif isinstance(self.every, timedelta) and time.monotonic() - self._saved_at >= self.every.total_seconds():
@@ -82,21 +79,29 @@ class Checkpoint(Callback):
         """Ask for one."""
         state.save("epoch")
 
-    def _write(self, state: State, reasons: list[str], capture: Callable[[], dict[str, Any]]) -> None:
-        contents = capture()
-        marks = ["best"] if "best" in reasons else []
-        store.write(self.folder, state.step, contents["model"], contents["state"], marks)
+    def on_fit_end(self, state: State) -> None:
+        """Wait for what is still being written."""
+        self._writer.settle()
+
+    def _write(self, state: State, reasons: list[str], capture: Callable[[], store.Contents]) -> bool:
+        contents, copies = capture(), store.Snapshot()
+        contents.check()
+        if self._writer.background:
+            self._writer.settle()
+            contents.model, contents.state = copies.of(contents.model), copies.of(contents.state)
+
+        def save() -> None:
+            copies.wait()
+            store.write(self.folder, contents, reasons, self._known)
+            store.prune(self.folder, self.keep, self.best)
+
         self._saved_at = time.monotonic()
-        there = store.list_checkpoints(self.folder)
-        for old in there[: -self.keep] if self.keep else ():
-            if old != self.best:
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(old)
+        return self._writer.run(save)
 
     @property
     def best(self) -> Path | None:
         """The newest checkpoint that was the best of its time, so the best there is."""
-        return next((p for p in reversed(store.list_checkpoints(self.folder)) if (p / "best").exists()), None)
+        return store.newest_for(self.folder, "best")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far."""

@@ -24,6 +24,8 @@ class EarlyStopping(Callback):
     `state.metrics["early_stopping"]`. Raises ValueError for bad settings, KeyError for a metric that was not reported.
     """
 
+    beside = ("weights",)
+
     def __init__(self, metric: str | Goal = "val_loss", patience: int = 3, min_delta: float = 0.0, mode: str = "min",
                  relative: bool = False, min_epochs: int = 0, restore_best: bool = False, nan: str = "stop") -> None:  # fmt: skip
         if isinstance(metric, Goal) and (patience, min_delta, mode, relative) != (3, 0.0, "min", False):

@@ -18,6 +18,8 @@ class Callback:
     `batch_size` or `accumulate` decides in `on_step_start` from `state.step`, `state.epoch` and settings alone, so that
     `state.total_steps` is known in advance, or says `measured = True`. `optional`: hooks it can do without around a
     loop of the user's own. `key`: its name in checkpoints. `watches`: metrics that it can't do without.
+    `beside`: entries of its state that seldom change, replaced when they do: each is written once, to a file beside
+    the checkpoints that hold it.
     """
 
     owns: ClassVar[tuple[str, ...]] = ()
@@ -25,6 +27,7 @@ class Callback:
     measured: bool = False
     key: str = ""
     watches: tuple[str, ...] = ()
+    beside: ClassVar[tuple[str, ...]] = ()
     _loop: Any = None
     _used: bool = False
 

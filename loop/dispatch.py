@@ -1,14 +1,20 @@
-"""Which methods run at which hook: checked and built once, so that an unused hook costs nothing."""
+"""Which methods run at which hook, checked and built once, so that an unused hook costs nothing; and how they are run."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .callback import HOOKS, Callback
-from .state import State
+from .checks import whole
+from .state import MicroEnd, State
+
+if TYPE_CHECKING:
+    from .feed import Chunk
+    from .rng import Streams
 
 Method = Callable[[State], Any]
 PLAN = ("batch_size", "accumulate", "micro_batch_size")
@@ -72,3 +78,65 @@ def table(callbacks: Iterable[Callback]) -> dict[str, tuple[Method, ...]]:
 def note(error: BaseException, method: Any, hook: str, step: int) -> None:
     """Say in which callback's hook an error arose."""
     error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")
+
+
+class Dispatch:
+    """Runs the hooks of a Loop's callbacks."""
+
+    state: State
+    callbacks: tuple[Callback, ...]
+    hooks: dict[str, tuple[Method, ...]]
+    streams: Streams | None
+    measure: Callable[[Any], int]
+
+    def _run(self, hook: str) -> list[Any]:
+        answers = []
+        for method in self.hooks[hook]:
+            try:
+                answers.append(method(self.state))
+            except BaseException as error:
+                note(error, method, hook, self.state.step)
+                raise
+        return answers
+
+    def _plan(self) -> None:
+        """Let callbacks plan the next update; refuse a plan that can't be, or that its callback does not own."""
+        state, before = self.state, self._plan_fields()
+        state.least_micros = 1
+        self._run("on_step_start")
+        if (after := self._plan_fields()) == before:
+            return
+        for name, value in after.items():
+            if value != before[name]:
+                whole(f"state.{name}", value, 1, none=name != "accumulate")
+                if name != "micro_batch_size" and not any(name in callback.owns for callback in self.callbacks):
+                    raise ValueError(f"state.{name} was set to {value!r} by a callback that does not name it in owns, so that "
+                                     f"state.total_steps ({state.total_steps}) is wrong: owns = ({name!r},)")  # fmt: skip
+
+    def _plan_fields(self) -> dict[str, Any]:
+        return {name: getattr(self.state, name) for name in PLAN}
+
+    def redoes(self, error: Exception, size: int | None, training: bool = True) -> bool:
+        """Ask every callback about a failed forward and backward of `size` samples, or a failed update (None)."""
+        if not self.hooks["on_exception"]:
+            return False
+        self.state.exception = error
+        self.state.micro = None if size is None else MicroEnd(None, {}, size, None, training, 0, size)
+        try:
+            return any(self._run("on_exception"))
+        except Exception as problem:  # the first error wins
+            places = "; ".join(getattr(problem, "__notes__", ()))
+            error.add_note(f"then, while handling it: {type(problem).__name__}: {problem} ({places})")
+            return False
+        finally:
+            self.state.exception = self.state.micro = None
+
+    def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool,
+                  share: Any = None) -> None:  # fmt: skip
+        """Show callbacks one micro-batch that went through."""
+        size = chunk.size if chunk.size is not None else self.measure(chunk.data)
+        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share)
+        streams, attempt = self.streams, self.state.step + self.state.skipped
+        with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
+            self._run("on_micro_end")
+        self.state.micro = None

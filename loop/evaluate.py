@@ -16,11 +16,14 @@ from .rng import derive, isolated
 from .state import computed
 
 if TYPE_CHECKING:
-    from .life import Life
+    from .session import Session
 
 
-def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, float]:
-    """Return the weighted means of what `loss_fn` gives, and what callbacks logged, each name behind `prefix`."""
+def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: bool = False) -> dict[str, float] | None:
+    """Return the weighted means of what `loss_fn` gives, and what callbacks logged, each name behind `prefix`.
+
+    `may_leave`: None once the run is to be left.
+    """
     state = loop.state
     model = state.model if state.eval_model is None else state.eval_model
     modes = [(module, module.training) for module in model.modules()]
@@ -35,6 +38,8 @@ def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, fl
             model.eval()
             count = 0
             for data in loader:
+                if may_leave and state.leaving:
+                    return None
                 count = _one_batch(loop, loss_fn, model, data, count, means)
             if not count:
                 raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
@@ -47,7 +52,7 @@ def evaluate(loop: Life, loss_fn: Any, loader: Any, prefix: str) -> dict[str, fl
     return {prefix + name: number(prefix + name, value) for name, value in found.items()}
 
 
-def _one_batch(loop: Life, loss_fn: Any, model: Any, data: Any, count: int, means: dict[str, Mean]) -> int:
+def _one_batch(loop: Session, loss_fn: Any, model: Any, data: Any, count: int, means: dict[str, Mean]) -> int:
     state, start, total = loop.state, 0, loop.measure(data)
     while start < total:
         a, b = batches.equal_cuts(total - start, state.eval_micro_batch_size)[0]

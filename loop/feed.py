@@ -41,6 +41,7 @@ class Feed:
         self._source: Iterator[Any] = iter(())
         self._shape: dict[str, Any] = {}
         self._promised: dict[str, Any] = {}
+        self.failed: Exception | None = None
         self._before = 0, 0
         self._streams: list[torch.Generator] = []
         self._base = 0
@@ -100,7 +101,11 @@ class Feed:
     def _next(self) -> Any:
         if self._streams:
             seed_streams(mix(self._base, self.read), self._streams)
-        return next(self._source, END)
+        try:
+            return next(self._source, END)
+        except Exception as error:
+            self.failed = error
+            raise
 
     def more(self) -> bool:
         """Tell whether a sample is left in this epoch; reads at most one loader batch ahead."""

@@ -22,21 +22,22 @@ from torch import Tensor, nn
 
 from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
-from .life import Life
 from .redo import BeforeUpdate
 from .rng import Streams
+from .session import Session, log
 from .state import State
 from .step import Step
 
 
-class Loop(Life):
+class Loop(Session):
     """Trains `model` with `optimizer`, running callbacks at every hook; see `fit`, or write the loop by hand.
 
     `autocast`: a dtype, or a function giving a context, for forward only. `scaler`: a `torch.amp.GradScaler`.
     `weigh(batch)`: what a micro-batch's mean loss is a mean over, a number or 0-d tensor (default: its samples, the
     first dimension of its first tensor); called on the batch as the loader yields it. `cut(batch, start, stop)`: for
     batches that hookloop can't cut. `resume`: a checkpoint, or a folder of them: the newest good one, a fresh start if
-    there is none. `max_skips`: skipped updates in a row that end the run. Raises TypeError or ValueError for what could
+    there is none; with `strict=False` what fits, and a warning that lists the rest. `max_skips`: skipped updates in a row
+    that end the run. Raises TypeError or ValueError for what could
     only go wrong later: an optimizer that needs a closure, callbacks that share a key or a setting, a misspelt hook.
     """
 
@@ -118,7 +119,12 @@ class Loop(Life):
                     self._check_closed()
             if state._saves:
                 self._flush()
-            self._phase = "left" if feed.more() else "exhausted"
+            self._phase = "left" if state.leaving or feed.more() else "exhausted"
+        except Exception as error:
+            if error is not feed.failed or not state.leaving:
+                raise
+            self._phase = "left"  # the signal that asks to leave may have ended the loader's workers too
+            log.warning("reading data failed while leaving (%s): %s: %s", state.stop_reason, type(error).__name__, error)
         except GeneratorExit:
             if self._pass is this:
                 ended = self._step is not None and self._step.updated and not self.stopped
@@ -182,17 +188,30 @@ class Loop(Life):
 
     def evaluate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any) -> dict[str, float]:
         """Return `val_loss` and `val_<name>` over a loader, `val_<loader>_<name>` over a mapping of loaders."""
-        if isinstance(loader, Mapping):
-            each = [evaluate(self, loss_fn, one, f"val_{name}_") for name, one in loader.items()]
-            return {name: value for part in each for name, value in part.items()}
-        return evaluate(self, loss_fn, loader, "val_")
+        return self._evaluate(loss_fn, loader) or {}
+
+    def _evaluate(
+        self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any, may_leave: bool = False
+    ) -> dict[str, float] | None:
+        found: dict[str, float] = {}
+        for name, one in loader.items() if isinstance(loader, Mapping) else (("", loader),):
+            part = evaluate(self, loss_fn, one, f"val_{name}_" if name else "val_", may_leave)
+            if part is None:
+                return None
+            found |= part
+        return found
 
     def validate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any = None) -> None:
         """Evaluate and report; without a loader report the epoch's mean `train_loss`; nothing once stopped inside."""
         self._check_closed()
         if self._phase == "left" or (self._phase == "inside" and self.state.stop_reason is not None):
             return
-        self.report({"train_loss": self.train_loss.value()} if loader is None else self.evaluate(loss_fn, loader))
+        if loader is None:
+            self.report({"train_loss": self.train_loss.value()})
+        elif (found := self._evaluate(loss_fn, loader, may_leave=True)) is not None:
+            self.report(found)
+        else:
+            self._phase = "left"  # entered again, or resumed, the run validates here
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""
@@ -205,7 +224,8 @@ class Loop(Life):
     @property
     def stopped(self) -> bool:
         """Whether a callback asked to stop, or the `steps=` are done."""
-        return self.state.stop_reason is not None or (self._end[1] is not None and self.state.step >= self._end[1])
+        state, end = self.state, self._end[1]
+        return state.leaving or state.stop_reason is not None or (end is not None and state.step >= end)
 
     def _gradients_final(self, any_backward: bool) -> bool:
         """Unscale, let callbacks see and scale the gradients; return whether the update is to be applied."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from .feed import Chunk
 
 if TYPE_CHECKING:
-    from .life import Life
+    from .session import Session
 
 
 def checked(outputs: Any, training: bool = True) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def checked(outputs: Any, training: bool = True) -> dict[str, Any]:
     return found
 
 
-def weight_of(loop: Life, chunk: Chunk) -> float | Tensor:
+def weight_of(loop: Session, chunk: Chunk) -> float | Tensor:
     """Return what this micro-batch's mean loss is a mean over; a tensor only where the batch lies on a device."""
     if loop.weigh is None:
         return chunk.size or 0

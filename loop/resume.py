@@ -6,37 +6,36 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import rng
+from . import rng, store
 from .batch import move
 from .callback import Callback
 from .dispatch import note
-from .store import disk, plain
 
 if TYPE_CHECKING:
-    from .life import Life
+    from .session import Session
 
 
-def capture(loop: Life) -> dict[str, Any]:
+def capture(loop: Session) -> store.Contents:
     """Return model, and all else that a run needs to continue to the same bits, as plain data."""
-    state = loop.state
-    return {
-        "model": state.model.state_dict(),
-        "state": {
-            "format": 1,
-            "progress": {name: getattr(state, name) for name in ("step", "skipped", "epoch", "samples")},
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": None if state.scaler is None else state.scaler.state_dict(),
-            "callbacks": {
-                c.key: kept for c in sorted(loop.callbacks, key=lambda c: c.key) if (kept := state_of(c, state.step))
-            },
-            "rng": rng.snapshot(state.device),
-            "data": loop.feed.state_dict(),
-            "train_loss": loop.train_loss.state_dict(),
-            "metrics": {name: value for name, value in state.metrics.items() if plain(value)},
-            "reported": [state.reported_at, sorted(state.reported)],
-            "seed": loop.seed,
-        },
-    }
+    state, named = loop.state, store.Named(loop.state.model, loop.state.optimizer)
+    callbacks = {c.key: kept for c in sorted(loop.callbacks, key=lambda c: c.key) if (kept := state_of(c, state.step))}
+    beside = {(c.key, name): callbacks[c.key][name] for c in loop.callbacks for name in c.beside
+              if callbacks.get(c.key, {}).get(name) is not None}  # fmt: skip
+    for key, name in beside:
+        callbacks[key] = {**callbacks[key], name: None}
+    return store.Contents(state.step, named.model_state(), {
+        "progress": {name: getattr(state, name) for name in ("step", "skipped", "epoch", "samples")},
+        "optimizer": named.optimizer_state(),
+        "settings": loop.settings,
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "callbacks": callbacks,
+        "rng": rng.snapshot(state.device),
+        "data": loop.feed.state_dict(),
+        "train_loss": loop.train_loss.state_dict(),
+        "metrics": {name: value for name, value in state.metrics.items() if store.plain(value)},
+        "reported": [state.reported_at, sorted(state.reported)],
+        "seed": loop.seed,
+    }, beside)  # fmt: skip
 
 
 def state_of(callback: Callback, step: int) -> dict[str, Any]:
@@ -48,29 +47,46 @@ def state_of(callback: Callback, step: int) -> dict[str, Any]:
         raise
 
 
-def restore(loop: Life, path: str | os.PathLike[str]) -> None:
-    """Take the checkpoint back that `path` names; a folder without one is a fresh start."""
-    if (found := disk.read(path)) is None:
+def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
+    """Take the checkpoint back that `path` names; a folder without one is a fresh start.
+
+    Raises ValueError naming, all at once and before anything is changed, what does not fit; without `strict` that is a
+    warning, and what fits is taken.
+    """
+    if (found := store.read(path, strict)) is None:
         return
-    place, model, saved = found
-    state, mine = loop.state, {callback.key: callback for callback in loop.callbacks}
-    if lost := sorted(set(saved["callbacks"]) - set(mine)):
-        raise ValueError(f"{place} holds the state of {', '.join(lost)}, but callbacks has {', '.join(mine) or 'none'}; "
-                         "put the missing ones back, or start afresh in another folder")  # fmt: skip
+    state, saved, mine = loop.state, found.state, {callback.key: callback for callback in loop.callbacks}
+    named, optimizer, step = store.Named(state.model, state.optimizer), saved["optimizer"], saved["progress"]["step"]
+    skip = named.model_misfits(found.model)
+    amiss = [*skip.values(), *named.optimizer_misfits(optimizer, saved["settings"], loop.settings, skip)]
+    amiss += [f"{key} has state in the checkpoint and is not in callbacks ({', '.join(mine) or 'none'})"
+              for key in sorted(saved["callbacks"].keys() - mine.keys())]  # fmt: skip
+    if (state.scaler is None) != (saved["scaler"] is None):
+        amiss.append(f"the checkpoint was made {'without' if state.scaler else 'with'} scaler=, which is not so here")
+    if amiss and strict:
+        more = f"; and {len(amiss) - 20} more" if len(amiss) > 20 else ""
+        raise ValueError(f"{found.place} does not fit: {'; '.join(amiss[:20])}{more}. Put that right, start afresh in another "
+                         "folder, or take what fits: Loop(..., strict=False)")  # fmt: skip
+    if amiss or found.lost:
+        warnings.warn(f"{found.place}: not taken, as strict=False allows: {'; '.join(amiss + found.lost)}", stacklevel=2)
     for key, callback in mine.items():
         if key not in saved["callbacks"] and callback.state_dict():
-            warnings.warn(f"{place} holds no state of {key}: it starts fresh at step {saved['progress']['step']}", stacklevel=2)
-    if (state.scaler is None) != (saved["scaler"] is None):
-        raise ValueError(f"{place} was made {'without' if state.scaler else 'with'} scaler=; give the same")
-    state.model.load_state_dict(model)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    if state.scaler is not None:
+            warnings.warn(f"{found.place} holds no state of {key}: it starts fresh at step {step}", stacklevel=2)
+    named.load_model(found.model, skip)
+    if optimizer["kind"] == type(state.optimizer).__name__:
+        named.load_optimizer(optimizer, saved["settings"], loop.settings, skip)
+    if state.scaler is not None and saved["scaler"] is not None:
         state.scaler.load_state_dict(saved["scaler"])
     state.rates = [group["lr"] for group in state.optimizer.param_groups]
     for name, value in saved["progress"].items():
         setattr(state, name, value)
-    for key, value in saved["callbacks"].items():
-        mine[key].load_state_dict(value)
+    for key, callback in mine.items():
+        if key in saved["callbacks"]:
+            try:
+                callback.load_state_dict(saved["callbacks"][key])
+            except Exception as error:
+                note(error, callback.load_state_dict, f"load_state_dict (of {found.place})", step)
+                raise
     loop.feed.load_state_dict(saved["data"])
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .step import Eager
 if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
+
+    from .store import Contents
 
 Group = dict[str, Any]
 
@@ -73,7 +76,8 @@ class State:
     stop_reason: str | None = None
     reported: set[str] = field(default_factory=set)  # names in metrics that the last report gave
     reported_at: int = -1
-    writers: list[Callable[[State, list[str], Callable[[], dict[str, Any]]], None]] = field(default_factory=list)
+    writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
+    at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry
 
     def __post_init__(self) -> None:
         shared = set[int]()
@@ -91,10 +95,24 @@ class State:
         self._saves: list[str] = []
         self._logged: dict[str, Any] = {}
         self._evaluating = False
+        self._leave_at, self._leave_reason = math.inf, ""
 
     def stop(self, reason: str) -> None:
         """End training after this step; the first reason stands."""
         self.stop_reason = self.stop_reason or reason
+
+    def leave(self, reason: str, at: float = -math.inf) -> None:
+        """End training after this step, once `time.monotonic()` says `at`: no validation follows, one under way is broken off."""
+        if at < self._leave_at:
+            self._leave_at, self._leave_reason = at, reason
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is time to leave."""
+        if time.monotonic() < self._leave_at:
+            return False
+        self.stop(self._leave_reason)
+        return True
 
     def skip(self, reason: str) -> None:
         """Leave this update out: no optimizer step, no count; `reason` stands in `state.skip_reason`."""

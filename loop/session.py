@@ -1,10 +1,11 @@
-"""A Loop's life around its steps: built and checked, entered and restored, saved, left with everything closed."""
+"""What surrounds a Loop's steps: it is built and checked, entered and restored, saved, left with everything closed."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import weakref
@@ -18,32 +19,34 @@ from torch import Tensor, nn
 from . import batch as batches
 from . import rng
 from .callback import Callback
-from .checks import autocast_context, check_loader, check_optimizer, check_parameters, whole
-from .dispatch import AROUND, PLAN, check, note, overridden, table
-from .feed import Chunk, Feed
+from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, whole
+from .dispatch import AROUND, PLAN, Dispatch, check, note, overridden, table
+from .feed import Feed
 from .mean import Mean
 from .plan import count_steps
 from .ranks import rank_and_world
 from .redo import Snapshot
 from .resume import capture, restore
-from .state import MicroEnd, State
+from .state import State
 from .step import Step
+from .store import Named
 
 log = logging.getLogger("hookloop")
 
 
-class Life:
-    """What `Loop` is made of besides its verbs."""
+class Session(Dispatch):
+    """What `with loop:` opens and closes, and what the verbs of `Loop` stand on."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Iterable[Callback] = (), *,
                  resume: str | os.PathLike[str] | None = None,
                  autocast: torch.dtype | Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
                  scaler: torch.amp.GradScaler | None = None, weigh: Callable[[Any], float | Tensor] | None = None,
-                 cut: batches.Cut | None = None, max_skips: int = 100) -> None:  # fmt: skip
+                 cut: batches.Cut | None = None, max_skips: int = 100, strict: bool = True) -> None:  # fmt: skip
         check_optimizer(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         whole("max_skips", max_skips, 1, none=False)
+        flag("strict", strict)
         for name, value in (("weigh", weigh), ("cut", cut)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be a function, not {value!r}")
@@ -58,10 +61,11 @@ class Life:
         self.state.rank, self.state.world = rank_and_world()
         self.hooks = table(self.callbacks)
         self.autocast = autocast_context(autocast, device)
-        self.weigh, self.cut, self.max_skips, self.resume = weigh, cut, max_skips, resume
+        self.weigh, self.cut, self.max_skips, self.resume, self.strict = weigh, cut, max_skips, resume, strict
         self.measure = functools.partial(batches.measure, weigh=weigh)
         self.feed, self.train_loss = Feed(cut, self.measure), Mean()
         self.seed: int | None = None
+        self.settings: list[dict[str, Any]] = []  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
         self.rng_to_restore: dict[str, Any] | None = None
@@ -90,7 +94,7 @@ class Life:
                                "model, optimizer and callbacks anew, and a Loop that resumes from the last checkpoint")  # fmt: skip
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
-        state.stop_reason = None
+        state.stop_reason, state._leave_at = None, math.inf
         state.drop_factors()
         if state.scaler is not None:  # an error between unscaling and the update would leave it marked as unscaled
             state.scaler._per_optimizer_states.pop(id(state.optimizer), None)
@@ -100,8 +104,9 @@ class Life:
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
                 self._run("on_setup")
+                self.settings = Named(state.model, state.optimizer).options()
                 if self.resume is not None:
-                    restore(self, self.resume)
+                    restore(self, self.resume, self.strict)
                 self._was_set_up = True
         except BaseException:
             self.__exit__(*sys.exc_info())
@@ -194,6 +199,9 @@ class Life:
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None
         first = error
+        acts, self.state.at_exit = self.state.at_exit, []
+        for act in acts[::-1]:
+            attempt(functools.partial(act, error or next(iter(problems), None)))
         for problem in problems:
             if first is None:
                 first = problem
@@ -202,70 +210,18 @@ class Life:
         if error is None and first is not None:
             raise first
 
-    def _run(self, hook: str) -> list[Any]:
-        answers = []
-        for method in self.hooks[hook]:
-            try:
-                answers.append(method(self.state))
-            except BaseException as error:
-                note(error, method, hook, self.state.step)
-                raise
-        return answers
-
-    def _plan(self) -> None:
-        """Let callbacks plan the next update; refuse a plan that can't be, or that its callback does not own."""
-        state, before = self.state, self._plan_fields()
-        state.least_micros = 1
-        self._run("on_step_start")
-        if (after := self._plan_fields()) == before:
-            return
-        for name, value in after.items():
-            if value != before[name]:
-                whole(f"state.{name}", value, 1, none=name != "accumulate")
-                if name != "micro_batch_size" and not any(name in callback.owns for callback in self.callbacks):
-                    raise ValueError(f"state.{name} was set to {value!r} by a callback that does not name it in owns, so that "
-                                     f"state.total_steps ({state.total_steps}) is wrong: owns = ({name!r},)")  # fmt: skip
-
-    def _plan_fields(self) -> dict[str, Any]:
-        return {name: getattr(self.state, name) for name in PLAN}
-
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run."""
         reasons, self.state._saves = sorted(set(self.state._saves)), []
         for write in self.state.writers if reasons else ():
-            write(self.state, reasons, lambda: capture(self))
-            self._saved_at = self.state.step
+            if write(self.state, reasons, lambda: capture(self)):
+                self._saved_at = self.state.step
 
     def _check_closed(self) -> None:
         if self._step is not None and not self._step.updated:
             self.feed.again, self._step = self._step.chunks, None
             raise RuntimeError("a step was left before loop.update(): each `for step in loop.steps(loader)` must end with "
                                "it, and a break may only follow it")  # fmt: skip
-
-    def redoes(self, error: Exception, size: int | None, training: bool = True) -> bool:
-        """Ask every callback about a failed forward and backward of `size` samples, or a failed update (None)."""
-        if not self.hooks["on_exception"]:
-            return False
-        self.state.exception = error
-        self.state.micro = None if size is None else MicroEnd(None, {}, size, None, training, 0, size)
-        try:
-            return any(self._run("on_exception"))
-        except Exception as problem:  # the first error wins
-            places = "; ".join(getattr(problem, "__notes__", ()))
-            error.add_note(f"then, while handling it: {type(problem).__name__}: {problem} ({places})")
-            return False
-        finally:
-            self.state.exception = self.state.micro = None
-
-    def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool,
-                  share: Any = None) -> None:  # fmt: skip
-        """Show callbacks one micro-batch that went through."""
-        size = chunk.size if chunk.size is not None else self.measure(chunk.data)
-        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share)
-        streams, attempt = self.streams, self.state.step + self.state.skipped
-        with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
-            self._run("on_micro_end")
-        self.state.micro = None
 
     def forward(self, loss_fn: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> Any:
         """Run `loss_fn` under autocast; the context ends before backward, which runs in the types forward chose."""
@@ -286,7 +242,7 @@ class Life:
         return self._constants[key]
 
 
-def count_step(loop: weakref.ref[Life], *about: Any) -> None:
+def count_step(loop: weakref.ref[Session], *about: Any) -> None:
     """Count a step of the optimizer, whoever ran it."""
     if (found := loop()) is not None:
         found.optimizer_steps += 1

@@ -1,0 +1,150 @@
+"""Weights and optimizer state by qualified parameter name: a checkpoint fits a model, not an order of its layers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .plain import plain
+
+# How a step is computed, not what: the program's own stands, also on another device.
+IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+
+
+def shape(x: Any) -> Any:
+    """Return a tensor's shape, None for one of a lazy module that has none yet."""
+    return tuple(x.shape) if isinstance(x, Tensor) and not hasattr(x, "materialize") else None
+
+
+class Named:
+    """A model and its optimizer, seen by names without what wrappers add (DDP's `module.`, compile's `_orig_mod.`)."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        wrappers = [path for path, m in model.named_modules() if isinstance(m, DataParallel | DistributedDataParallel)]
+        self._wrapped = sorted((f"{path}.module." if path else "module." for path in wrappers), key=len, reverse=True)
+        names = {id(p): self.clean(name) for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
+        self.names = [[names.get(id(p), f"(group {i}, tensor {j}, not in the model)") for j, p in enumerate(group["params"])]
+                      for i, group in enumerate(optimizer.param_groups)]  # fmt: skip
+        self.tensors = {n: p for ns, g in zip(self.names, optimizer.param_groups, strict=True)
+                        for n, p in zip(ns, g["params"], strict=True)}  # fmt: skip
+        inside = set(names.values())
+        self.outside = {name: p for name, p in self.tensors.items() if name not in inside}
+
+    def clean(self, name: str) -> str:
+        """Return a name of the wrapped model as the bare model has it."""
+        for prefix in self._wrapped:  # the innermost first, while the names of those around it still stand
+            if name.startswith(prefix):
+                name = prefix[: -len("module.")] + name[len(prefix) :]
+        return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+    def model_state(self) -> dict[str, Any]:
+        """Return the model's state dict under clean names."""
+        state = self.model.state_dict()
+        found = OrderedDict((self.clean(name), value) for name, value in state.items())
+        if versions := getattr(state, "_metadata", None):
+            found._metadata = OrderedDict((self.clean(name), value) for name, value in versions.items())  # type: ignore[attr-defined]
+        return found
+
+    def options(self) -> list[dict[str, Any]]:
+        """Return each group's settings as they stand."""
+        return [{k: value(v) for k, v in group.items() if k not in ("params", "param_names", *IMPLEMENTATION) and plain(v)}
+                for group in self.optimizer.param_groups]  # fmt: skip
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state dict by names, with the tensors that it holds and the model does not."""
+        packed = self.optimizer.state_dict()
+        groups = [dict(group) for group in packed["param_groups"]]
+        by_id = {k: n for ns, g in zip(self.names, groups, strict=True) for n, k in zip(ns, g["params"], strict=True)}
+        for names, group in zip(self.names, groups, strict=True):
+            group.pop("param_names", None)
+            group["params"] = names
+        return {
+            "kind": type(self.optimizer).__name__,
+            "groups": groups,
+            "state": {by_id[k]: v for k, v in packed["state"].items() if k in by_id},
+            "loose": {k: v for k, v in packed["state"].items() if k not in by_id},
+            "more": {k: v for k, v in packed.items() if k not in ("state", "param_groups")},
+            "outside": {name: p.detach() for name, p in self.outside.items()},
+        }
+
+    def model_misfits(self, saved: dict[str, Any]) -> dict[str, str]:
+        """Return, by name, what of a saved model does not fit this one."""
+        mine = self.model_state()
+        found = {name: f"{name} is missing in the checkpoint" for name in mine if name not in saved}
+        found |= {name: f"{name} is in the checkpoint alone" for name in saved if name not in mine}
+        for name in mine.keys() & saved.keys():
+            here, there = shape(mine[name]), shape(saved[name])
+            if here is not None and here != there:
+                found[name] = f"{name} is {here} here and {there} in the checkpoint"
+        return {name: found[name] for name in sorted(found)}
+
+    def optimizer_misfits(self, saved: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]],
+                          skip: dict[str, str]) -> list[str]:  # fmt: skip
+        """Return what of a saved optimizer does not fit; `before` and `now`: settings as the two programs gave them."""
+        kind = type(self.optimizer).__name__
+        if kind != saved["kind"]:
+            return [f"the optimizer is {kind} here and {saved['kind']} in the checkpoint"]
+        there = {name: i for i, group in enumerate(saved["groups"]) for name in group["params"]}
+        here = {name: i for i, names in enumerate(self.names) for name in names}
+        found = [f"the optimizer holds {name} {where} alone"
+                 for one, other, where in ((here, there, "here"), (there, here, "in the checkpoint"))
+                 for name in one if name not in other and name not in skip]  # fmt: skip
+        found += [f"{name} is in parameter group {i} here and {there[name]} in the checkpoint" for name, i in here.items()
+                  if there.get(name, i) != i]  # fmt: skip
+        found += [f"{name} is {shape(p)} here and {shape(saved['outside'][name])} in the checkpoint"
+                  for name, p in self.outside.items() if shape(saved["outside"].get(name, p)) != shape(p)]  # fmt: skip
+        if len(before) != len(now):
+            return [*found, f"the optimizer has {len(now)} parameter groups here and {len(before)} in the checkpoint"]
+        return found + [f"{option} of parameter group {i} is {new[option]!r} here and {old[option]!r} in the checkpoint's program"
+                        for i, (new, old) in enumerate(zip(now, before, strict=True))
+                        for option in sorted(new.keys() & old.keys()) if new[option] != old[option]]  # fmt: skip
+
+    def load_model(self, saved: dict[str, Any], skip: dict[str, str]) -> None:
+        """Load weights and buffers, but for those that do not fit."""
+        mine = self.model.state_dict()
+        fits = OrderedDict((n, saved[c]) for n in mine if (c := self.clean(n)) in saved and c not in skip)
+        fits._metadata = getattr(mine, "_metadata", None)  # type: ignore[attr-defined]
+        self.model.load_state_dict(fits, strict=False)
+
+    def load_optimizer(self, saved: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]],
+                       skip: dict[str, str]) -> None:  # fmt: skip
+        """Load state by name and settings by group; a setting that the program changed stays as it is here."""
+        packed, groups = self.optimizer.state_dict(), self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        ids = {name: k for names, g in zip(self.names, packed["param_groups"], strict=True)
+               for name, k in zip(names, g["params"], strict=True)}  # fmt: skip
+        state = {ids[name]: one for name, one in saved["state"].items() if name in ids and name not in skip}
+        for group, names, there, old, new in zip(
+            packed["param_groups"], self.names, saved["groups"], before, now, strict=False
+        ):
+            changed = {option for option in new.keys() & old.keys() if new[option] != old[option]}
+            if set(names) == set(there["params"]):
+                own = {"params", "param_names", *IMPLEMENTATION, *changed}
+                group.update({option: v for option, v in there.items() if option not in own})
+        self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**saved["loose"], **state}})
+        for name, one in saved["state"].items():  # torch rounds state to the parameter's type
+            for key, exact in one.items() if name in self.tensors and ids[name] in state else ():
+                held = self.optimizer.state[self.tensors[name]].get(key)
+                if isinstance(exact, Tensor) and isinstance(held, Tensor) and held.dtype != exact.dtype:
+                    self.optimizer.state[self.tensors[name]][key] = exact.to(held.device)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):  # a captured step reads this very tensor
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
+            elif isinstance(group["lr"], Tensor):
+                group["lr"] = group["lr"].tolist()
+        with torch.no_grad():
+            for name, p in self.outside.items():
+                if name in saved["outside"] and shape(saved["outside"][name]) == shape(p):
+                    p.copy_(saved["outside"][name])
+
+
+def value(x: Any) -> Any:
+    """Return settings as numbers that compare."""
+    if isinstance(x, Tensor):
+        return x.tolist()
+    return [value(v) for v in x] if isinstance(x, list | tuple) else x

@@ -1,0 +1,77 @@
+"""Checkpoints read back: verified against their manifest, and no code in them ever run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import disk, manifest
+
+
+@dataclass
+class Found:
+    """A checkpoint's content; `lost` names files beside it that are gone, which only a reader that may go without takes."""
+
+    place: Path
+    model: dict[str, Any]
+    state: dict[str, Any]
+    lost: list[str] = field(default_factory=list)
+
+
+def load(checkpoint: Path, strict: bool = True) -> Found:
+    """Return one checkpoint; raises Damaged, which names the file, or what torch raises for content that is no plain data."""
+    disk.verify(checkpoint, beside=strict)
+    model, state = (torch.load(checkpoint / name, map_location="cpu", weights_only=True) for name in ("model.pt", "state.pt"))
+    found = Found(checkpoint, model, state)
+    listed = manifest.read(checkpoint, disk.step_of(checkpoint))["beside"]
+    for key, name, file in state.pop("beside"):
+        path = checkpoint.parent / file
+        try:
+            manifest.check(path, listed[file])
+        except manifest.Damaged as error:
+            found.lost.append(f"{key}'s {name}: {error}")
+            continue
+        state["callbacks"][key][name] = torch.load(path, map_location="cpu", weights_only=True)
+    return found
+
+
+def newest(folder: Path, strict: bool = True) -> Found | None:
+    """Return the newest good checkpoint, None where there is none at all; raises RuntimeError if all are bad."""
+    bad: list[str] = []
+    for checkpoint in reversed(disk.list_checkpoints(folder)):
+        try:
+            found = load(checkpoint, strict)
+        except Exception as error:
+            name = "" if isinstance(error, manifest.Damaged) else f"{checkpoint}: {type(error).__name__}: "
+            bad.append(name + (str(error).splitlines() or [""])[0])
+            continue
+        if bad:
+            warnings.warn(f"resumed from {checkpoint}, since a newer one can't be read: {'; '.join(bad)}", stacklevel=2)
+        return found
+    if bad:
+        raise RuntimeError("no checkpoint can be read, and none is a reason to start afresh: " + "; ".join(bad) +
+                           "; give another folder (Loop(..., strict=False) goes without a lost file of a callback's)")  # fmt: skip
+    return None
+
+
+def read(path: str | os.PathLike[str], strict: bool = True) -> Found | None:
+    """Return what `resume=` names: one checkpoint (or a file in it), or the newest good one in a folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"resume must be the path of a checkpoint or of a folder of them, not {path!r}")
+    place = Path(path)
+    if place.is_file():
+        place = place.parent
+        if not disk.NAME.fullmatch(place.name):
+            raise ValueError(f"resume={str(path)!r} is no checkpoint of hookloop; load weights with model.load_state_dict")
+    there = [checkpoint.name for checkpoint in disk.list_checkpoints(place.parent)]
+    inside = place.name.startswith("step-") or disk.NAME.fullmatch(place.parent.name) is not None
+    if inside or place.suffix == ".pt" or (there and not place.is_dir()):
+        if not disk.NAME.fullmatch(place.name) or not place.is_dir():
+            raise FileNotFoundError(f"resume={str(path)!r}: there is no such checkpoint; beside it are {there or 'none'}")
+        return load(place, strict)
+    return newest(place, strict)
