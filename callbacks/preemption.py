@@ -30,9 +30,12 @@ class Preemption(Callback):
     from the start of training to the end of `with loop`, in the main thread only. There the ones before them are put
     back and the signal is raised again, so that SIGTERM ends the program with status 143, Ctrl-C (SIGINT) with 130; with
     `on_signal="return"`, or after Ctrl-C in an interactive session, training returns its state instead. A second Ctrl-C
-    is obeyed at once; a signal that was ignored before stays so. `deadline`: a `datetime`, or a `timedelta` from now; left `margin` plus the longest step before
-    it, always with a plain return. Raises ValueError for bad settings, and at the start where nothing writes checkpoints.
+    is obeyed at once; a signal that was ignored before stays so. `deadline`: a `datetime`, or a `timedelta` from now;
+    left `margin` plus the longest step before it, always with a plain return. Raises ValueError for bad settings, and at
+    the start where nothing writes checkpoints.
     """
+
+    optional = ("on_step_start",)
 
     def __init__(self, signals: Iterable[int] = SIGNALS, deadline: datetime | timedelta | None = None,
                  margin: timedelta = timedelta(minutes=1), on_signal: str = "raise") -> None:  # fmt: skip
@@ -63,14 +66,15 @@ class Preemption(Callback):
         self._caught, self._since = None, time.monotonic()
         handler = functools.partial(self._handle, state, os.getpid(), before := dict[signal.Signals, Any]())
         if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
-            for number in self.signals:
-                if signal.getsignal(number) not in (
-                    None,
-                    signal.SIG_IGN,
-                ):  # not Python's to put back; or not wanted, as by nohup
+            for number in self.signals:  # but for one set outside Python, which can't put it back, or ignored, as by nohup
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     before[number] = signal.signal(number, handler)
         state.at_exit.append(functools.partial(self._leave, handler, before))
         self.on_step_end(state)
+
+    def on_step_start(self, state: State) -> None:
+        """Take the time of a step."""
+        self._since = time.monotonic()
 
     def on_step_end(self, state: State) -> None:
         """Plan to leave in time for the deadline."""

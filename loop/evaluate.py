@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from .goal import number
 from .mean import Mean
 from .outputs import checked, detached, single, weight_of
 from .rng import derive, isolated
-from .state import computed
+from .state import State, computed
 
 if TYPE_CHECKING:
     from .session import Session
@@ -37,10 +38,10 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
         try:
             model.eval()
             count = 0
-            for data in loader:
-                if may_leave and state.leaving:
-                    return None
+            for data in _read(loader, state if may_leave else None):
                 count = _one_batch(loop, loss_fn, model, data, count, means)
+            if may_leave and state.leaving:
+                return None
             if not count:
                 raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
             found: dict[str, Any] = {name: mean.value() for name, mean in means.items()}
@@ -50,6 +51,18 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
             for module, training in modes:
                 module.training = training
     return {prefix + name: number(prefix + name, value) for name, value in found.items()}
+
+
+def _read(loader: Any, state: State | None) -> Iterator[Any]:
+    """Yield batches; with a `state` until the run is to be left, and then also where the loader's workers are gone."""
+    try:
+        for data in loader:
+            if state is not None and state.leaving:
+                return
+            yield data
+    except Exception:
+        if state is None or not state.leaving:
+            raise
 
 
 def _one_batch(loop: Session, loss_fn: Any, model: Any, data: Any, count: int, means: dict[str, Mean]) -> int:

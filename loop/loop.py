@@ -204,6 +204,8 @@ class Loop(Session):
     def validate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any = None) -> None:
         """Evaluate and report; without a loader report the epoch's mean `train_loss`; nothing once stopped inside."""
         self._check_closed()
+        if self.state.leaving:
+            self._phase = "left"  # entered again, or resumed, the run validates here
         if self._phase == "left" or (self._phase == "inside" and self.state.stop_reason is not None):
             return
         if loader is None:
@@ -211,7 +213,7 @@ class Loop(Session):
         elif (found := self._evaluate(loss_fn, loader, may_leave=True)) is not None:
             self.report(found)
         else:
-            self._phase = "left"  # entered again, or resumed, the run validates here
+            self._phase = "left"
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""

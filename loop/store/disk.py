@@ -49,7 +49,7 @@ class Sink:
 
     def __init__(self, path: Path) -> None:
         self.fd, self.bytes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), 0
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`, or, after an error, nothing."""
@@ -58,7 +58,7 @@ class Sink:
         try:
             while view and self.error is None:
                 view = view[os.write(self.fd, view) :]
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too: torch's writer must not meet it
             self.error = error
         return len(data)
 
@@ -91,11 +91,11 @@ def _put(path: Path, content: Any, other: ThreadPoolExecutor) -> Future[dict[str
         found = other.submit(manifest.entry, path)
         os.fsync(sink.fd)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        text = f"disk full: {path.name} needs {sink.bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise OSError(error.errno, text) from None
+        why = f"{error.strerror} in writing {path}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            why = f"disk full: {path} needs {sink.bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(error.errno, why) from None
     finally:
         os.close(sink.fd)
     return found

@@ -47,4 +47,4 @@ class Writer:
         error, self._error = self._error, None
         if self.on_failure == "stop" or not isinstance(error, OSError):
             raise error
-        warnings.warn(f"a checkpoint was not written, and training goes on: {error}", stacklevel=2)
+        warnings.warn(f"saving a checkpoint failed; older ones stay, and training goes on: {error}", stacklevel=2)
