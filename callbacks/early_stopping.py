@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..loop.callback import Callback
 from ..loop.checks import flag
 from ..loop.goal import Goal, Tracker
 from ..loop.state import State
+from ..loop.store import Named
 
 
 class EarlyStopping(Callback):
@@ -45,9 +47,15 @@ class EarlyStopping(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """Say again what a restored or finished run had decided, and train on from the last weights."""
+        named = Named(state.model, state.optimizer)
         if self._last is not None:
-            state.model.load_state_dict(self._last)
+            named.load_model(self._last)
             self._last = None
+        if self._best is not None and (amiss := named.model_misfits(self._best)):  # resumed with strict=False
+            self._best = None
+            warnings.warn(
+                f"EarlyStopping lets go of its best weights, which do not fit: {'; '.join(amiss.values())}", stacklevel=2
+            )
         if self.tracker.best is not None:
             state.log("early_stopping", self.tracker.bad)
         self._decide(state)
@@ -58,7 +66,7 @@ class EarlyStopping(Callback):
         if not math.isfinite(value) and self.nan == "stop":
             self._broken = f"{self.tracker.goal.metric} is {value} at step {state.step}"
         if self.tracker.update(value) and self.restore_best:
-            self._best = copy_of(state.model)
+            self._best = copy_of(state)
         state.log("early_stopping", self.tracker.bad)
         self._decide(state)
 
@@ -77,8 +85,8 @@ class EarlyStopping(Callback):
     def on_fit_end(self, state: State) -> None:
         """Leave with the best weights."""
         if self.restore_best and self._best is not None and self._last is None:
-            self._last = copy_of(state.model)
-            state.model.load_state_dict(self._best)
+            self._last = copy_of(state)
+            Named(state.model, state.optimizer).load_model(self._best)
 
     def state_dict(self) -> dict[str, Any]:
         """Return best value, count, best weights."""
@@ -90,6 +98,7 @@ class EarlyStopping(Callback):
         self._best, self._broken = state["weights"], state["broken"]
 
 
-def copy_of(model: torch.nn.Module) -> dict[str, Any]:
-    """Return a copy of weights and buffers in host memory."""
-    return {k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in model.state_dict().items()}
+def copy_of(state: State) -> dict[str, Any]:
+    """Return a copy of weights and buffers in host memory, by the names of the bare model."""
+    found = Named(state.model, state.optimizer).model_state()
+    return {k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Named:
         return {name: found[name] for name in sorted(found)}
 
     def optimizer_misfits(self, saved: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]],
-                          skip: dict[str, str]) -> list[str]:  # fmt: skip
+                          skip: Container[str] = ()) -> list[str]:  # fmt: skip
         """Return what of a saved optimizer does not fit; `before` and `now`: settings as the two programs gave them."""
         kind = type(self.optimizer).__name__
         if kind != saved["kind"]:
@@ -104,20 +105,22 @@ class Named:
                         for i, (new, old) in enumerate(zip(now, before, strict=True))
                         for option in sorted(new.keys() & old.keys()) if new[option] != old[option]]  # fmt: skip
 
-    def load_model(self, saved: dict[str, Any], skip: dict[str, str]) -> None:
-        """Load weights and buffers, but for those that do not fit."""
+    def load_model(self, saved: dict[str, Any], skip: Container[str] = ()) -> None:
+        """Load weights and buffers, but for those in `skip`."""
         mine = self.model.state_dict()
         fits = OrderedDict((n, saved[c]) for n in mine if (c := self.clean(n)) in saved and c not in skip)
         fits._metadata = getattr(mine, "_metadata", None)  # type: ignore[attr-defined]
         self.model.load_state_dict(fits, strict=False)
 
     def load_optimizer(self, saved: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]],
-                       skip: dict[str, str]) -> None:  # fmt: skip
-        """Load state by name and settings by group; a setting that the program changed stays as it is here."""
+                       skip: Iterable[str] = ()) -> None:  # fmt: skip
+        """Load state by name, but for those in `skip`, and settings by group, but for those that the program changed."""
         packed, groups = self.optimizer.state_dict(), self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         ids = {name: k for names, g in zip(self.names, packed["param_groups"], strict=True)
                for name, k in zip(names, g["params"], strict=True)}  # fmt: skip
+        outside = {name: p for name, p in self.outside.items() if shape(saved["outside"].get(name)) == shape(p)}
+        skip = {*skip, *(self.outside.keys() - outside.keys())}
         state = {ids[name]: one for name, one in saved["state"].items() if name in ids and name not in skip}
         for group, names, there, old, new in zip(
             packed["param_groups"], self.names, saved["groups"], before, now, strict=False
@@ -138,9 +141,8 @@ class Named:
             elif isinstance(group["lr"], Tensor):
                 group["lr"] = group["lr"].tolist()
         with torch.no_grad():
-            for name, p in self.outside.items():
-                if name in saved["outside"] and shape(saved["outside"][name]) == shape(p):
-                    p.copy_(saved["outside"][name])
+            for name, p in outside.items():
+                p.copy_(saved["outside"][name])
 
 
 def value(x: Any) -> Any:
