@@ -204,7 +204,7 @@ def prune(folder: Path, keep: int | None, spared: Path | None) -> None:
     except manifest.Damaged:
         return  # what it needs isn't known
     for file in folder.glob("*-" + "[0-9a-f]" * 16 + ".pt"):
-        if file.name not in needed:
+        if file.name not in needed and manifest.digest(file).startswith(file.stem[-16:]):  # so it is no file of the user's
             file.unlink(missing_ok=True)
 
 
