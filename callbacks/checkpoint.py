@@ -60,6 +60,7 @@ class Checkpoint(Callback):
                 raise ValueError(f"folder {str(self.folder)!r} holds {later.name}, beyond this run's step {state.step}: give "
                                  f"Loop(..., resume={str(self.folder)!r}) to go on from it, or an empty folder")  # fmt: skip
             later.rename(later.with_name(f"unreadable-{later.name}"))  # this run comes by that step again
+        self._writer.run(lambda: None, self._prune)  # what a kill cut off
         self._saved_at = time.monotonic()
 
     def on_step_end(self, state: State) -> None:
@@ -84,7 +85,7 @@ class Checkpoint(Callback):
         self._writer.settle()
 
     def _write(self, state: State, reasons: list[str], capture: Callable[[], store.Contents]) -> bool:
-        contents, copies = capture(), store.Snapshot()
+        contents, copies = capture(), store.Copies()
         contents.check()
         if self._writer.background:
             self._writer.settle()
@@ -93,10 +94,12 @@ class Checkpoint(Callback):
         def save() -> None:
             copies.wait()
             store.write(self.folder, contents, reasons, self._known)
-            store.prune(self.folder, self.keep, self.best)
 
         self._saved_at = time.monotonic()
-        return self._writer.run(save)
+        return self._writer.run(save, self._prune)
+
+    def _prune(self) -> None:
+        store.prune(self.folder, self.keep, self.best)
 
     @property
     def best(self) -> Path | None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 import signal
 import sys
-import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import Any
-
-from torch.utils.data import get_worker_info
 
 from ..loop.callback import Callback
 from ..loop.checks import among
+from ..loop.signals import Listener
 from ..loop.state import State
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
@@ -31,7 +27,7 @@ class Preemption(Callback):
     back and the signal is raised again, so that SIGTERM ends the program with status 143, Ctrl-C (SIGINT) with 130; with
     `on_signal="return"`, or after Ctrl-C in an interactive session, training returns its state instead. A second Ctrl-C
     is obeyed at once; a signal that was ignored before stays so. `deadline`: a `datetime`, or a `timedelta` from now;
-    left `margin` plus the longest step before it, always with a plain return. Raises ValueError for bad settings, and at
+    left `margin` plus a long step before it, always with a plain return. Raises ValueError for bad settings, and at
     the start where nothing writes checkpoints.
     """
 
@@ -52,25 +48,20 @@ class Preemption(Callback):
             if not isinstance(deadline, datetime | timedelta):
                 raise TypeError(f"deadline must be a datetime, or a timedelta from now, not {deadline!r}")
             left = deadline if isinstance(deadline, timedelta) else deadline - datetime.now(deadline.tzinfo)
-            if left <= timedelta(0):
-                raise ValueError(f"deadline={deadline!r} has passed; give one to come")
+            if left <= margin:
+                raise ValueError(f"deadline={deadline!r} has passed, or is nearer than margin={margin!r}; give a later one")
             self._deadline = time.monotonic() + left.total_seconds()
-        self._caught: signal.Signals | None = None
-        self._since = self._longest = 0.0
+        self._since, self._steps = 0.0, deque[float](maxlen=32)
 
     def on_fit_start(self, state: State) -> None:
         """Stand by."""
         if not state.writers and self.on_signal == "raise":
             raise ValueError("Preemption would end the run with nothing saved: add Checkpoint(folder) to callbacks, or give "
                              "on_signal='return' and save yourself")  # fmt: skip
-        self._caught, self._since = None, time.monotonic()
-        handler = functools.partial(self._handle, state, os.getpid(), before := dict[signal.Signals, Any]())
-        if threading.current_thread() is threading.main_thread():  # nowhere else can a handler be set
-            for number in self.signals:  # but for one set outside Python, which can't put it back, or ignored, as by nohup
-                if signal.getsignal(number) not in (None, signal.SIG_IGN):
-                    before[number] = signal.signal(number, handler)
-        state.at_exit.append(functools.partial(self._leave, handler, before))
-        self.on_step_end(state)
+        listener = Listener(self.signals, lambda number: state.leave(f"{number.name} was received"))
+        state.at_exit.append(functools.partial(self._leave, listener))
+        self._since = time.monotonic()
+        self._plan(state)
 
     def on_step_start(self, state: State) -> None:
         """Take the time of a step."""
@@ -79,34 +70,15 @@ class Preemption(Callback):
     def on_step_end(self, state: State) -> None:
         """Plan to leave in time for the deadline."""
         now = time.monotonic()
-        self._since, self._longest = now, max(self._longest, now - self._since)
+        self._steps.append(now - self._since)
+        self._since = now
+        self._plan(state)
+
+    def _plan(self, state: State) -> None:
         if self._deadline < math.inf:
-            state.leave("the deadline is near", self._deadline - self.margin.total_seconds() - self._longest)
+            longest = sorted(self._steps)[-2:][0] if self._steps else 0.0  # the second: the first may have been stopped
+            state.leave("the deadline is near", self._deadline - self.margin.total_seconds() - longest)
 
-    def _handle(self, state: State, process: int, before: dict[signal.Signals, Any], number: int, frame: Any) -> None:
-        name = signal.Signals(number)
-        if os.getpid() != process and get_worker_info() is not None:
-            return  # a loader's worker: its data are needed, and it ends with the process that it serves
-        if os.getpid() != process or (name == signal.SIGINT and self._caught is not None):
-            signal.signal(number, before[name])
-            signal.raise_signal(number)
-            return
-        self._caught = self._caught or name
-        state.leave(f"{name.name} was received")
-        if name == signal.SIGINT:
-            with contextlib.suppress(OSError):  # logging may be what was interrupted
-                os.write(2, b"\nSaving at the end of this step, then leaving; Ctrl-C once more leaves at once.\n")
-        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in before:
-            # A signal to the whole process group ends workers too; torch would raise for that in the middle of a step.
-            before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-    def _leave(self, handler: Any, before: dict[signal.Signals, Any], error: BaseException | None) -> None:
-        for number, previous in before.items():
-            if signal.getsignal(number) in (handler, signal.SIG_DFL):  # else somebody set one since
-                signal.signal(number, previous)
-        interactive = self._caught == signal.SIGINT and hasattr(sys, "ps1")
-        if self._caught is not None and self.on_signal == "raise" and not interactive and error is None:
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):  # there may be none, or a pipe that is closed
-                    stream.flush()
-            signal.raise_signal(self._caught)
+    def _leave(self, listener: Listener, error: BaseException | None) -> None:
+        interactive = listener.caught == signal.SIGINT and hasattr(sys, "ps1")
+        listener.close(again=self.on_signal == "raise" and not interactive and error is None)

@@ -78,6 +78,13 @@ class Feed:
             self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
             return  # a used iterator goes on by itself
+        try:
+            self._start(epoch, seed, rank, seeds_samples, device)
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def _start(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         self._opened, offset, read = self.loader, self.offset, self.read
         self._streams, self._base = [], derive(seed, "read", epoch, rank)
         with isolated(device, derive(seed, "loader", epoch, rank)):

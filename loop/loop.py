@@ -100,10 +100,11 @@ class Loop(Session):
 
         A break after `loop.update()` ends the epoch there.
         """
-        self._open_epoch(loader)
-        state, feed, self._phase = self.state, self.feed, "inside"
+        state, feed = self.state, self.feed
         self._pass = this = object()
         try:
+            self._open_epoch(loader)
+            self._phase = "inside"
             while not self.stopped:
                 if state._saves:  # what was asked for since the update, before anything else is read
                     self._flush()

@@ -14,6 +14,8 @@ from .dispatch import note
 if TYPE_CHECKING:
     from .session import Session
 
+PROGRESS = ("step", "skipped", "epoch", "samples")
+
 
 def capture(loop: Session) -> store.Contents:
     """Return model, and all else that a run needs to continue to the same bits, as plain data."""
@@ -24,7 +26,7 @@ def capture(loop: Session) -> store.Contents:
     for key, name in beside:
         callbacks[key] = {**callbacks[key], name: None}
     return store.Contents(state.step, named.model_state(), {
-        "progress": {name: getattr(state, name) for name in ("step", "skipped", "epoch", "samples")},
+        "progress": {name: getattr(state, name) for name in PROGRESS},
         "optimizer": named.optimizer_state(),
         "settings": loop.settings,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
@@ -78,8 +80,8 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if state.scaler is not None and saved["scaler"] is not None:
         state.scaler.load_state_dict(saved["scaler"])
     state.rates = [group["lr"] for group in state.optimizer.param_groups]
-    for name, value in saved["progress"].items():
-        setattr(state, name, value)
+    for name in PROGRESS:
+        setattr(state, name, saved["progress"][name])
     for key, callback in mine.items():
         if key in saved["callbacks"]:
             try:

@@ -128,6 +128,10 @@ class State:
         """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported."""
         if not (callable(value) or isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())):
             raise TypeError(f"log({name!r}) takes a number, a 0-d tensor or a function that gives one, not {value!r:.60}")
+        if isinstance(value, int) and value.bit_length() > 1023:
+            raise OverflowError(
+                f"log({name!r}): an integer of {value.bit_length()} bits is beyond all floats; log its logarithm"
+            )
         self._logged[name] = value
         if not callable(value) and not self._evaluating:
             self.metrics[name] = value

@@ -24,6 +24,8 @@ from . import manifest
 from .plain import not_plain
 
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+FILES = ("model.pt", "state.pt")
+BESIDE = re.compile(r"\w+-[0-9a-f]{16}\.pt")
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Contents:
         """Raise TypeError naming what is no plain data, while it can still be put right."""
         parts = {"model": self.model, "state": self.state, **{f"{key}'s {name}": x for (key, name), x in self.beside.items()}}
         for name, part in parts.items():
-            if where := not_plain(part, name):
+            if where := not_plain(part, name, {}):
                 raise TypeError(f"can't save {where}; state_dict() must give plain data: numbers, strings, tensors, and lists "
                                 "and dicts of them")  # fmt: skip
 
@@ -119,8 +121,8 @@ def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[
             beside = {place: known[place][1:] for place in contents.beside}
             draft.mkdir()
             state = {**contents.state, "beside": [[*place, name] for place, (name, _) in beside.items()]}
-            parts = {"model.pt": contents.model, "state.pt": state}
-            found = {name: _put(draft / name, content, other) for name, content in parts.items()}
+            parts = zip(FILES, (contents.model, state), strict=True)
+            found = {name: _put(draft / name, content, other) for name, content in parts}
             files = {name: future.result() for name, future in found.items()}
             text = manifest.render(contents.step, sorted(reasons), files, dict(beside.values()))
             _put(draft / manifest.NAME, text, other)
@@ -162,6 +164,10 @@ def step_of(checkpoint: Path) -> int:
 def verify(checkpoint: Path, beside: bool = True) -> dict[str, Any]:
     """Return a checkpoint's manifest; raises Damaged, naming the file, unless all that it lists is as it was written."""
     found = manifest.read(checkpoint, step_of(checkpoint))
+    if set(found["files"]) != set(FILES) or not all(BESIDE.fullmatch(name) for name in found["beside"]):
+        raise manifest.Damaged(
+            f"{checkpoint / manifest.NAME} names files that no checkpoint has: {[*found['files'], *found['beside']]}"
+        )
     for name, expected in found["files"].items():
         manifest.check(checkpoint / name, expected)
     for name, expected in found["beside"].items() if beside else ():
@@ -203,8 +209,9 @@ def prune(folder: Path, keep: int | None, spared: Path | None) -> None:
         needed = [name for p in list_checkpoints(folder) for name in manifest.read(p, step_of(p))["beside"]]
     except manifest.Damaged:
         return  # what it needs isn't known
-    for file in folder.glob("*-" + "[0-9a-f]" * 16 + ".pt"):
-        if file.name not in needed and manifest.digest(file).startswith(file.stem[-16:]):  # so it is no file of the user's
+    for file in folder.glob("*.pt"):
+        spare = BESIDE.fullmatch(file.name) and file.name not in needed
+        if spare and manifest.digest(file).startswith(file.stem[-16:]):  # so it is no file of the user's
             file.unlink(missing_ok=True)
 
 

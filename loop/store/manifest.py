@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,10 @@ def read(checkpoint: Path, step: int) -> dict[str, Any]:
 def check(path: Path, expected: dict[str, Any]) -> None:
     """Raise Damaged unless a file is there, whole and unchanged."""
     try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise Damaged(f"{path} is no file")
+        if (size := about.st_size) != expected["bytes"]:
             raise Damaged(f"{path} holds {size:,} bytes, not the {expected['bytes']:,} that were written")
         if digest(path) != expected["sha256"]:
             raise Damaged(f"{path} is damaged: its digest is not that of what was written")

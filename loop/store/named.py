@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 from typing import Any
@@ -26,8 +27,12 @@ class Named:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
-        wrappers = [path for path, m in model.named_modules() if isinstance(m, DataParallel | DistributedDataParallel)]
-        self._wrapped = sorted((f"{path}.module." if path else "module." for path in wrappers), key=len, reverse=True)
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")  # without it nothing is compiled, and it is slow to import
+        wrappers = {DataParallel: "module.", DistributedDataParallel: "module.",
+                    getattr(dynamo, "OptimizedModule", None): "_orig_mod."}  # fmt: skip
+        found = [(f"{path}." if path else "", part) for path, m in model.named_modules()
+                 for kind, part in wrappers.items() if kind is not None and isinstance(m, kind)]  # fmt: skip
+        self._wrapped = sorted(found, key=lambda one: len(one[0]), reverse=True)
         names = {id(p): self.clean(name) for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
         self.names = [[names.get(id(p), f"(group {i}, tensor {j}, not in the model)") for j, p in enumerate(group["params"])]
                       for i, group in enumerate(optimizer.param_groups)]  # fmt: skip
@@ -38,10 +43,10 @@ class Named:
 
     def clean(self, name: str) -> str:
         """Return a name of the wrapped model as the bare model has it."""
-        for prefix in self._wrapped:  # the innermost first, while the names of those around it still stand
-            if name.startswith(prefix):
-                name = prefix[: -len("module.")] + name[len(prefix) :]
-        return ".".join(part for part in name.split(".") if part != "_orig_mod")
+        for path, part in self._wrapped:  # the innermost first, while the names of those around it still stand
+            if name.startswith(path + part):
+                name = path + name[len(path + part) :]
+        return name
 
     def model_state(self) -> dict[str, Any]:
         """Return the model's state dict under clean names."""
@@ -76,8 +81,10 @@ class Named:
     def model_misfits(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return, by name, what of a saved model does not fit this one."""
         mine = self.model_state()
-        found = {name: f"{name} is missing in the checkpoint" for name in mine if name not in saved}
-        found |= {name: f"{name} is in the checkpoint alone" for name in saved if name not in mine}
+        found = {
+            name: f"{name} is missing in the checkpoint, and {shape(mine[name])} here" for name in mine if name not in saved
+        }
+        found |= {name: f"{name} is in the checkpoint alone, as {shape(saved[name])}" for name in saved if name not in mine}
         for name in mine.keys() & saved.keys():
             here, there = shape(mine[name]), shape(saved[name])
             if here is not None and here != there:
@@ -130,11 +137,10 @@ class Named:
                 own = {"params", "param_names", *IMPLEMENTATION, *changed}
                 group.update({option: v for option, v in there.items() if option not in own})
         self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**saved["loose"], **state}})
-        for name, one in saved["state"].items():  # torch rounds state to the parameter's type
-            for key, exact in one.items() if name in self.tensors and ids[name] in state else ():
-                held = self.optimizer.state[self.tensors[name]].get(key)
-                if isinstance(exact, Tensor) and isinstance(held, Tensor) and held.dtype != exact.dtype:
-                    self.optimizer.state[self.tensors[name]][key] = exact.to(held.device)
+        for name, k in ids.items():
+            if k in state:
+                held = self.optimizer.state[self.tensors[name]]
+                held.update(unrounded(held, saved["state"][name]))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(rate, Tensor):  # a captured step reads this very tensor
                 group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
@@ -143,6 +149,17 @@ class Named:
         with torch.no_grad():
             for name, p in outside.items():
                 p.copy_(saved["outside"][name])
+
+
+def unrounded(held: Any, exact: Any) -> Any:
+    """Return loaded optimizer state in the types in which it was saved: torch rounds it to the parameter's."""
+    if isinstance(exact, Tensor):
+        return exact.to(held.device) if isinstance(held, Tensor) and held.dtype != exact.dtype else held
+    if isinstance(exact, dict):
+        return {key: unrounded(held[key], one) for key, one in exact.items()}
+    if isinstance(exact, list | tuple):
+        return type(exact)(unrounded(a, b) for a, b in zip(held, exact, strict=True))
+    return held
 
 
 def value(x: Any) -> Any:

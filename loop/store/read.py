@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +25,10 @@ class Found:
 
 
 def load(checkpoint: Path, strict: bool = True) -> Found:
-    """Return one checkpoint; raises Damaged, which names the file, or what torch raises for content that is no plain data."""
-    disk.verify(checkpoint, beside=strict)
-    model, state = (torch.load(checkpoint / name, map_location="cpu", weights_only=True) for name in ("model.pt", "state.pt"))
+    """Return one checkpoint; raises Damaged, which names the file, for one that is not what was written, or no plain data."""
+    listed = disk.verify(checkpoint, beside=strict)["beside"]
+    model, state = (_content(checkpoint / name) for name in disk.FILES)
     found = Found(checkpoint, model, state)
-    listed = manifest.read(checkpoint, disk.step_of(checkpoint))["beside"]
     for key, name, file in state.pop("beside"):
         path = checkpoint.parent / file
         try:
@@ -36,8 +36,17 @@ def load(checkpoint: Path, strict: bool = True) -> Found:
         except manifest.Damaged as error:
             found.lost.append(f"{key}'s {name}: {error}")
             continue
-        state["callbacks"][key][name] = torch.load(path, map_location="cpu", weights_only=True)
+        state["callbacks"][key][name] = _content(path)
     return found
+
+
+def _content(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's words advise to load it with code and all
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        raise manifest.Damaged(f"{path} holds what is no plain data{what}, and was not loaded") from None
 
 
 def newest(folder: Path, strict: bool = True) -> Found | None:

@@ -18,22 +18,25 @@ class Writer:
         self.background, self.on_failure = background, on_failure
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._saved = False
 
-    def run(self, save: Callable[[], object]) -> bool:
-        """Run a save, in the background once the one before has ended; return False for one that failed already."""
+    def run(self, save: Callable[[], object], tidy: Callable[[], object]) -> bool:
+        """Run a save, in the background once the one before has ended, then `tidy`; return False for one that failed already."""
         self.settle()
         if self.background:
-            self._thread = threading.Thread(target=self._attempt, args=(save,), name="hookloop checkpoint")
+            self._thread = threading.Thread(target=self._attempt, args=(save, tidy), name="hookloop checkpoint")
             self._thread.start()
             return True
-        self._attempt(save)
-        fine = self._error is None
+        self._attempt(save, tidy)
         self.settle()
-        return fine
+        return self._saved
 
-    def _attempt(self, save: Callable[[], object]) -> None:
+    def _attempt(self, save: Callable[[], object], tidy: Callable[[], object]) -> None:
+        self._saved = False
         try:
             save()
+            self._saved = True
+            tidy()
         except BaseException as error:
             self._error = error
 
@@ -47,4 +50,6 @@ class Writer:
         error, self._error = self._error, None
         if self.on_failure == "stop" or not isinstance(error, OSError):
             raise error
-        warnings.warn(f"saving a checkpoint failed; older ones stay, and training goes on: {error}", stacklevel=2)
+        warnings.warn(
+            f"Checkpoint failed to {'delete' if self._saved else 'save'}, and training goes on: {error}", stacklevel=2
+        )

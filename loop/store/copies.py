@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class Snapshot:
+class Copies:
     """Copies tensors to the host, those that share memory into memory that they share; `wait` until all have arrived.
 
     From a CUDA or XPU device copies are queued behind the work that is under way, so nothing waits for them here.
@@ -21,7 +21,11 @@ class Snapshot:
     def of(self, x: Any) -> Any:
         """Return the copy."""
         if isinstance(x, torch.Tensor):
-            return self._tensor(x.detach())
+            copied: Any = self._tensor(x.detach())
+            if type(x) is torch.nn.Parameter:
+                copied = torch.nn.Parameter(copied, x.requires_grad)
+            vars(copied.requires_grad_(x.requires_grad)).update(self.of(vars(x)))
+            return copied
         if isinstance(x, dict):
             copied = type(x)((key, self.of(value)) for key, value in x.items())
             if isinstance(x, OrderedDict):
