@@ -94,7 +94,7 @@ class Session(Dispatch):
                                "model, optimizer and callbacks anew, and a Loop that resumes from the last checkpoint")  # fmt: skip
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
-        state.stop_reason, state._leave_at = None, math.inf
+        state.stop_reason, state._leave_at, state._leave_reason = None, math.inf, ""
         state.drop_factors()
         if state.scaler is not None:  # an error between unscaling and the update would leave it marked as unscaled
             state.scaler._per_optimizer_states.pop(id(state.optimizer), None)

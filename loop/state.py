@@ -102,8 +102,11 @@ class State:
         self.stop_reason = self.stop_reason or reason
 
     def leave(self, reason: str, at: float = -math.inf) -> None:
-        """End training after this step, once `time.monotonic()` says `at`: no validation follows, one under way is broken off."""
-        if at < self._leave_at:
+        """End training after this step, once `time.monotonic()` says `at`: no validation follows, one under way is broken off.
+
+        The earliest stands; the same reason again moves its time.
+        """
+        if at < self._leave_at or reason == self._leave_reason:
             self._leave_at, self._leave_reason = at, reason
 
     @property

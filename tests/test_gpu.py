@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hookloop.callbacks import (
     Warmup,
     WeightDecay,
 )
-from hookloop.loop import Loop
+from hookloop.loop import Loop, store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
@@ -113,3 +114,37 @@ def test_the_size_that_fits_is_found_with_no_lack_of_memory(target: str, caplog:
     assert 16 <= sizes[-1] < 2048
     if target == "memory":
         assert 0.75 * 2 * 2**30 < peak <= 0.95 * 2 * 2**30, (peak, sizes)
+
+
+def test_a_save_in_the_background_waits_for_no_step_and_is_of_one_moment(tmp_path: Path) -> None:
+    """Asked for while the device is still at work, changed right after: the copies are of the moment of asking."""
+    state = {"x": torch.zeros(1 << 24, device="cuda"), "halves": torch.ones(8, device="cuda")}
+    state["view"] = state["halves"][2:4]
+    copies = store.Copies()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            state["x"] += 1
+        found = copies.of(state)
+        state["x"] += 1
+        state["halves"].zero_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    copies.wait()
+    assert found["x"].device.type == "cpu"
+    assert found["x"].eq(50).all()
+    assert found["view"].tolist() == [1.0, 1.0]
+    assert found["view"].untyped_storage().data_ptr() == found["halves"].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_on_a_gpu_resumes_to_the_same_bits(background: bool, tmp_path: Path) -> None:
+    whole = make()
+    built_in(whole, loss_fn, loader(50, 8), loader(20), epochs=3)
+    for steps in (5, 11, None):
+        loop = make(None, resume=tmp_path)
+        loop = Loop(loop.state.model, loop.state.optimizer, [*map(copy.copy, loop.callbacks), Checkpoint(tmp_path, every=2,
+                    background=background)], resume=tmp_path)  # fmt: skip
+        built_in(loop, loss_fn, loader(50, 8), loader(20), **({"epochs": 3} if steps is None else {"steps": steps}))
+    assert_same_bits(bits(whole), bits(loop))
