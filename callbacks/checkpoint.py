@@ -61,6 +61,7 @@ class Checkpoint(Callback):
                                  f"Loop(..., resume={str(self.folder)!r}) to go on from it, or an empty folder")  # fmt: skip
             later.rename(later.with_name(f"unreadable-{later.name}"))  # this run comes by that step again
         self._writer.run(lambda: None, self._prune)  # what a kill cut off
+        self._writer.settle()
         self._saved_at = time.monotonic()
 
     def on_step_end(self, state: State) -> None:
