@@ -37,7 +37,8 @@ class Checkpoint(Callback):
         whole("keep (checkpoints, None for all)", keep, 1)
         if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
             raise ValueError(f"folder must be the path of a folder, such as 'runs/a', not {folder!r}")
-        self.folder, self.every, self.keep = Path(folder), every, keep
+        self._place = store.Folder(Path(folder))
+        self.folder, self.every, self.keep = self._place.path, every, keep
         self.tracker = None if best is None else Tracker(Goal.of(best))
         self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
         self.optional = () if every is None else ("on_epoch_end",)
@@ -51,15 +52,7 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
-        try:
-            store.prepare(self.folder)
-        except OSError as error:
-            raise OSError(f"can't write to folder={str(self.folder)!r}, give another: {error}") from error
-        for later in (p for p in store.list_checkpoints(self.folder) if store.step_of(p) > state.step):
-            if store.intact(later):
-                raise ValueError(f"folder {str(self.folder)!r} holds {later.name}, beyond this run's step {state.step}: give "
-                                 f"Loop(..., resume={str(self.folder)!r}) to go on from it, or an empty folder")  # fmt: skip
-            later.rename(later.with_name(f"unreadable-{later.name}"))  # this run comes by that step again
+        self._place.open(state.step)
         self._writer.run(lambda: None, self._prune)  # what a kill cut off
         self._writer.settle()
         self._saved_at = time.monotonic()
@@ -75,7 +68,7 @@ class Checkpoint(Callback):
     def on_validation_end(self, state: State) -> None:
         """Ask for one where the metric is the best so far."""
         if self.tracker is not None and self.tracker.update(self.tracker.goal.read(state, "Checkpoint")):
-            state.save("best")
+            state.save(f"best of {self.key}")
 
     def on_epoch_end(self, state: State) -> None:
         """Ask for one."""
@@ -83,9 +76,13 @@ class Checkpoint(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Wait for what is still being written."""
+        self._place.close()
         self._writer.settle()
 
     def _write(self, state: State, reasons: list[str], capture: Callable[[], store.Contents]) -> bool:
+        if not reasons:
+            self._writer.settle()
+            return self._writer.saved
         contents, copies = capture(), store.Copies()
         contents.check()
         if self._writer.background:
@@ -100,12 +97,12 @@ class Checkpoint(Callback):
         return self._writer.run(save, self._prune)
 
     def _prune(self) -> None:
-        store.prune(self.folder, self.keep, self.best)
+        self._place.prune(self.keep, f"best of {self.key}")
 
     @property
     def best(self) -> Path | None:
         """The newest checkpoint that was the best of its time, so the best there is."""
-        return store.newest_for(self.folder, "best")
+        return self._place.newest_for(f"best of {self.key}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import signal
 import sys
@@ -23,12 +22,12 @@ class Preemption(Callback):
     """Ends training at the next step's end when a signal arrives or shortly before `deadline`; Checkpoint saves there.
 
     No validation follows, and one under way is broken off: the resumed run makes up for it. Handlers of `signals` stand
-    from the start of training to the end of `with loop`, in the main thread only. There the ones before them are put
-    back and the signal is raised again, so that SIGTERM ends the program with status 143, Ctrl-C (SIGINT) with 130; with
-    `on_signal="return"`, or after Ctrl-C in an interactive session, training returns its state instead. A second Ctrl-C
-    is obeyed at once; a signal that was ignored before stays so. `deadline`: a `datetime`, or a `timedelta` from now;
-    left `margin` plus a long step before it, always with a plain return. Raises ValueError for bad settings, and at
-    the start where nothing writes checkpoints.
+    while `with loop` is open, in the main thread only. At its end those before them are put back and the signal is
+    raised again, so that SIGTERM ends the program with status 143, Ctrl-C (SIGINT) with 130; with `on_signal="return"`,
+    or after Ctrl-C in an interactive session, training returns its state instead. A second Ctrl-C is obeyed at once; a
+    signal that was ignored before, or is handled outside Python, stays so. `deadline`: a `datetime`, or a `timedelta`
+    from now; left `margin` plus a long step before it, always with a plain return. Raises ValueError for bad settings,
+    and at the start where nothing writes checkpoints.
     """
 
     optional = ("on_step_start",)
@@ -52,14 +51,18 @@ class Preemption(Callback):
                 raise ValueError(f"deadline={deadline!r} has passed, or is nearer than margin={margin!r}; give a later one")
             self._deadline = time.monotonic() + left.total_seconds()
         self._since, self._steps = 0.0, deque[float](maxlen=32)
+        self._listener: Listener | None = None
+
+    def on_setup(self, state: State) -> None:
+        """Stand by, also while a checkpoint is read."""
+        self._stand_by(state)
 
     def on_fit_start(self, state: State) -> None:
-        """Stand by."""
+        """Stand by; begin to plan for the deadline."""
         if not state.writers and self.on_signal == "raise":
             raise ValueError("Preemption would end the run with nothing saved: add Checkpoint(folder) to callbacks, or give "
                              "on_signal='return' and save yourself")  # fmt: skip
-        listener = Listener(self.signals, lambda number: state.leave(f"{number.name} was received"))
-        state.at_exit.append(functools.partial(self._leave, listener))
+        self._stand_by(state)
         self._since = time.monotonic()
         self._plan(state)
 
@@ -74,11 +77,18 @@ class Preemption(Callback):
         self._since = now
         self._plan(state)
 
+    def _stand_by(self, state: State) -> None:
+        if self._listener is None:
+            self._listener = Listener(self.signals, lambda number: state.leave(f"{number.name} was received"))
+            state.at_exit.append(self._leave)
+
     def _plan(self, state: State) -> None:
         if self._deadline < math.inf:
             longest = sorted(self._steps)[-2:][0] if self._steps else 0.0  # the second: the first may have been stopped
             state.leave("the deadline is near", self._deadline - self.margin.total_seconds() - longest)
 
-    def _leave(self, listener: Listener, error: BaseException | None) -> None:
+    def _leave(self, error: BaseException | None) -> None:
+        listener, self._listener = self._listener, None
+        assert listener is not None
         interactive = listener.caught == signal.SIGINT and hasattr(sys, "ps1")
         listener.close(again=self.on_signal == "raise" and not interactive and error is None)

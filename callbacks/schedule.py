@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,28 +12,20 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..loop.callback import Callback
 from ..loop.goal import Goal
-from ..loop.state import Group, State
-from ..loop.store import plain
+from ..loop.groups import put
+from ..loop.state import State
+from ..loop.store import reduced
 
 Build = Callable[[Optimizer, int | None], LRScheduler]
 
 
-def reduced(value: Any) -> Any:
-    """Return a copy without the entries of dicts that are no plain data: functions and counters stay as built."""
-    if type(value) is dict:
-        return {k: r for k, v in value.items() if plain(r := reduced(v))}
-    if type(value) in (list, tuple):
-        return type(value)(map(reduced, value))
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def put(group: Group, settings: Group) -> None:
-    """Write settings into a group; a tensor is filled in place, since a captured step reads it."""
-    for name, value in settings.items():
-        if isinstance(group.get(name), Tensor):
-            group[name].copy_(value)
-        else:
-            group[name] = value
+def settings(scheduler: Any) -> dict[str, Any]:
+    """Return what a scheduler was built with, as far as it is single values."""
+    return {
+        k: v
+        for k, v in scheduler.state_dict().items()
+        if isinstance(v, int | float | str) and k[0] != "_" and k != "last_epoch"
+    }
 
 
 class Schedule(Callback):
@@ -60,6 +53,7 @@ class Schedule(Callback):
         self._function: Any = None if built else scheduler
         self.scheduler: Any = self._checked(scheduler) if built else None
         self._saved: dict[str, Any] = {}
+        self._settings = settings(self.scheduler) if built else {}
         self._first: dict[Tensor, Any] = {}
         self._length_known = True
 
@@ -99,15 +93,17 @@ class Schedule(Callback):
         for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
             put(group, {"lr": self._first.get(group["params"][0], group["lr"])})
         self.scheduler = self._checked(self._told(self._function, state.optimizer, state.total_steps), state.optimizer)
+        self._settings = settings(self.scheduler)
         self.load_state_dict(self._saved)
-        for group, settings in zip(groups, restored, strict=False):
-            put(group, settings)
+        for group, kept in zip(groups, restored, strict=False):
+            put(group, kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state, as far as it is plain data."""
         if self.scheduler is None:
             return self._saved or {"kind": None}
-        return {"kind": type(self.scheduler).__name__, "state": reduced(self.scheduler.state_dict())}
+        return {"kind": type(self.scheduler).__name__, "state": reduced(self.scheduler.state_dict()),
+                "settings": self._settings}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back, once there is a scheduler; raises ValueError for another kind of scheduler."""
@@ -115,6 +111,9 @@ class Schedule(Callback):
         if self._saved and self.scheduler is not None:
             if state["kind"] != (kind := type(self.scheduler).__name__):
                 raise ValueError(f"the checkpoint holds a {state['kind']}, scheduler is a {kind}; give the same one")
+            here, there = self._settings, state["settings"]
+            if lost := [f"{k} {there[k]!r} (not {here[k]!r})" for k in here if k in there and here[k] != there[k]]:
+                warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=2)
             self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
             # torch warns of a step before any update, and those before the restore count
             self.scheduler.optimizer._opt_called = True

@@ -94,8 +94,11 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Return best value and count."""
-        return {"best": self.best, "bad": self.bad}
+        return {"best": self.best, "bad": self.bad, "goal": [self.goal.metric, self.goal.mode]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back best value and count."""
+        """Take back best value and count; raises ValueError for those of another metric."""
+        if state["goal"] != [self.goal.metric, self.goal.mode]:
+            raise ValueError(f"it watches {self.goal.metric!r} ({self.goal.mode}) here and {state['goal'][0]!r} "
+                             f"({state['goal'][1]}) in the checkpoint")  # fmt: skip
         self.best, self.bad = state["best"], state["bad"]

@@ -28,3 +28,12 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     cells = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
+
+
+def put(group: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write settings into a group; a tensor is filled in place, since a captured step reads it."""
+    for name, value in settings.items():
+        if isinstance(group.get(name), torch.Tensor):
+            group[name].copy_(value)
+        else:
+            group[name] = value

@@ -118,6 +118,8 @@ class Loop(Session):
                 yield step
                 if not step.updated:
                     self._check_closed()
+            if state.leaving:  # at once: what the user's program does after this may take long
+                self._save_last()
             if state._saves:
                 self._flush()
             self._phase = "left" if state.leaving or feed.more() else "exhausted"
@@ -173,6 +175,8 @@ class Loop(Session):
         if isinstance(loss, Tensor) and loss.dim():
             raise ValueError(f"loss must be a 0-d tensor or a number, not shape {tuple(loss.shape)}")
         self._begin(None)
+        if self.state._saves:  # before this update changes what they are to hold
+            self._flush()
         if applied := self._gradients_final(True):
             before = self.state.apply_rates()
             try:
@@ -221,6 +225,9 @@ class Loop(Session):
         if not (self._entered and self._begun):
             raise RuntimeError("loop.report before the first loop.steps or loop.updating, or outside `with loop:`: callbacks "
                                "have not started; loop.evaluate may run at any time")  # fmt: skip
+        if self.state.loader is not None and self.state.leaving:  # as in validate
+            self._phase = "left"
+            return
         self.state.report(metrics)
         self._run("on_validation_end")
 

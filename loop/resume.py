@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -58,13 +60,14 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if (found := store.read(path, strict)) is None:
         return
     state, saved, mine = loop.state, found.state, {callback.key: callback for callback in loop.callbacks}
-    named, optimizer, step = store.Named(state.model, state.optimizer), saved["optimizer"], saved["progress"]["step"]
-    skip = named.model_misfits(found.model)
-    amiss = [*skip.values(), *named.optimizer_misfits(optimizer, saved["settings"], loop.settings, skip)]
+    named, optimizer = store.Named(state.model, state.optimizer), saved["optimizer"]
+    skip, rounded = named.model_misfits(found.model), named.rounded(found.model)
+    amiss = [*skip.values(), *rounded.values(), *named.optimizer_misfits(optimizer, saved["settings"], loop.settings, skip)]
     amiss += [f"{key} has state in the checkpoint and is not in callbacks ({', '.join(mine) or 'none'})"
               for key in sorted(saved["callbacks"].keys() - mine.keys())]  # fmt: skip
     if (state.scaler is None) != (saved["scaler"] is None):
         amiss.append(f"the checkpoint was made {'without' if state.scaler else 'with'} scaler=, which is not so here")
+    _load_callbacks(mine, saved["callbacks"], amiss, strict)
     if amiss and strict:
         more = f"; and {len(amiss) - 20} more" if len(amiss) > 20 else ""
         raise ValueError(f"{found.place} does not fit: {'; '.join(amiss[:20])}{more}. Put that right, start afresh in another "
@@ -73,25 +76,37 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         warnings.warn(f"{found.place}: not taken, as strict=False allows: {'; '.join(amiss + found.lost)}", stacklevel=2)
     for key, callback in mine.items():
         if key not in saved["callbacks"] and callback.state_dict():
+            step = saved["progress"]["step"]
             warnings.warn(f"{found.place} holds no state of {key}: it starts fresh at step {step}", stacklevel=2)
     named.load_model(found.model, skip)
-    if optimizer["kind"] == type(state.optimizer).__name__:
-        named.load_optimizer(optimizer, saved["settings"], loop.settings, skip)
+    if optimizer["kind"] == named.kind:
+        named.load_optimizer(optimizer, saved["settings"], loop.settings, skip, rounded)
     if state.scaler is not None and saved["scaler"] is not None:
         state.scaler.load_state_dict(saved["scaler"])
     state.rates = [group["lr"] for group in state.optimizer.param_groups]
     for name in PROGRESS:
         setattr(state, name, saved["progress"][name])
-    for key, callback in mine.items():
-        if key in saved["callbacks"]:
-            try:
-                callback.load_state_dict(saved["callbacks"][key])
-            except Exception as error:
-                note(error, callback.load_state_dict, f"load_state_dict (of {found.place})", step)
-                raise
     loop.feed.load_state_dict(saved["data"])
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
     state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], saved["rng"]
     loop._saved_at = state.step
     rng.restore(saved["rng"], state.device)
+
+
+def _load_callbacks(mine: dict[str, Callback], saved: dict[str, Any], amiss: list[str], strict: bool) -> None:
+    """Have callbacks take their state back; who does not is added to `amiss`, and stays fresh, as under `strict` do all then."""
+    taken: list[tuple[Callback, dict[str, Any]]] = []
+    for key in (key for key in mine if key in saved):
+        fresh = copy.deepcopy(mine[key].state_dict())
+        try:
+            taken.append((mine[key], fresh))
+            mine[key].load_state_dict(saved[key])
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            amiss.append(f"{key} does not take its state: {kind}{error}")
+            with contextlib.suppress(Exception):
+                mine[key].load_state_dict(fresh)
+    for callback, fresh in taken if amiss and strict else ():
+        with contextlib.suppress(Exception):
+            callback.load_state_dict(fresh)

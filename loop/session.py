@@ -103,6 +103,7 @@ class Session(Dispatch):
                 for callback in self.callbacks:
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
+                state.writers.clear()  # of an entry that failed
                 self._run("on_setup")
                 self.settings = Named(state.model, state.optimizer).options()
                 if self.resume is not None:
@@ -182,8 +183,7 @@ class Session(Dispatch):
         if error is None:
             attempt(self._check_closed)
         if error is None and not problems:  # after an error, not every callback's hook has run: the last save stands
-            if self.state.writers and self.state.step != self._saved_at:
-                self.state.save("end")
+            attempt(self._save_last)
             attempt(self._flush)
         self.state._saves = []
         if error is None and not problems and self.state.step and self.state.reported_at < 0:
@@ -209,6 +209,13 @@ class Session(Dispatch):
                 first.add_note(f"then, while ending: {type(problem).__name__}: {problem}")
         if error is None and first is not None:
             raise first
+
+    def _save_last(self) -> None:
+        """Ask for a save of where the run stands, unless it is on the disk."""
+        if not all([write(self.state, [], lambda: capture(self)) for write in self.state.writers]):
+            self._saved_at = -1
+        if self.state.writers and self.state.step != self._saved_at:
+            self.state.save("end")
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+log = logging.getLogger("hookloop")
 open_listeners: list[Listener] = []
 before: dict[signal.Signals, Any] = {}  # the handlers that ours stand in for
+past: dict[signal.Signals, Any] = {}  # the same, kept for a handler set since that still calls ours
 due: list[signal.Signals] = []  # what Loops that were left already want raised again
 process = 0  # in which ours were set
 
@@ -27,11 +30,18 @@ class Listener:
         self.caught: signal.Signals | None = None
         if threading.current_thread() is not threading.main_thread():
             return  # nowhere else can a handler be set
+        if process != os.getpid():  # a fork has no share in what its parent hears
+            open_listeners.clear()
+            before.clear()
+            due.clear()
         process = os.getpid()
         open_listeners.append(self)
-        for number in self.signals:  # but for one set outside Python, which can't put it back, or ignored, as by nohup
-            if number not in before and signal.getsignal(number) not in (None, signal.SIG_IGN):
-                before[number] = signal.signal(number, handle)
+        for number in self.signals:
+            if number not in before and signal.getsignal(number) not in (None, signal.SIG_IGN):  # ignored, as by nohup
+                if caught_outside(number):
+                    log.warning("%s is handled outside Python, which can't put that back: it is left alone", number.name)
+                else:
+                    past[number] = before[number] = signal.signal(number, handle)
 
     def close(self, again: bool) -> None:
         """Hear no more; `again`: what was caught is raised again, once no other Loop is open."""
@@ -55,9 +65,27 @@ class Listener:
             signal.raise_signal(number)
 
 
+def caught_outside(number: signal.Signals) -> bool:
+    """Tell whether a handler stands that Python does not know of, as faulthandler's; only Linux says so."""
+    if signal.getsignal(number) is not signal.SIG_DFL:
+        return False
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/self/status") as file:
+        mask = next(line for line in file if line.startswith("SigCgt:"))
+        return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
 def handle(number: int, frame: Any) -> None:
     """Tell every listener; a second Ctrl-C is obeyed at once."""
     name = signal.Signals(number)
+    if os.getpid() == process and not open_listeners:  # called by a handler that was set inside a Loop and stayed
+        previous = past.get(name)
+        if callable(previous):
+            previous(number, frame)
+        elif previous == signal.SIG_DFL:
+            signal.signal(number, previous)
+            signal.raise_signal(number)
+        return
     elsewhere = os.getpid() != process
     if elsewhere and get_worker_info() is not None:
         return  # a loader's worker: its data are needed, and it ends with the process that it serves

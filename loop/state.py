@@ -77,6 +77,7 @@ class State:
     reported: set[str] = field(default_factory=set)  # names in metrics that the last report gave
     reported_at: int = -1
     writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
+    # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
     at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry
 
     def __post_init__(self) -> None:

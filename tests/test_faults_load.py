@@ -152,7 +152,7 @@ def test_ck7_cut_or_missing(file: str, cut: str, killed: Path, expected: Bits, t
     assert text.startswith(f"resumed from {used}, since a newer one can't be read: {path} ")
     assert "missing" in text if cut == "missing" else "damaged" in text or "bytes, not the" in text
     assert_same_bits(expected, found)
-    assert all(store.intact(p) for p in list_checkpoints(folder))  # the run came by those steps again
+    assert all(store.readable(p) for p in list_checkpoints(folder))  # the run came by those steps again
     assert (folder / f"unreadable-{newest.name}").is_dir()
 
 

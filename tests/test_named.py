@@ -246,7 +246,7 @@ class Tied(nn.Module):
 
 
 def test_tied_parameters(tmp_path: Path) -> None:
-    """One entry of state under the first name, both names in the model's file, tied after the resume."""
+    """One entry of state under the smallest name, both names in the model's file, tied after the resume."""
 
     def once(folder: Path | None, steps: int) -> Any:
         torch.manual_seed(steps)
@@ -258,7 +258,7 @@ def test_tied_parameters(tmp_path: Path) -> None:
         loop = Loop(model, adamw(model), [Seed(4), *save], resume=folder)
         built_in(loop, loss_fn, loader(), steps=steps)
         named = Named(model, loop.state.optimizer)
-        assert named.names == [["body.weight", "out.weight", "out.bias"]]
+        assert named.names == [["again.weight", "out.weight", "out.bias"]]
         assert [*named.model_state()] == ["body.weight", "out.weight", "out.bias", "again.weight"]
         assert model.again.weight is model.body.weight
         return copy.deepcopy((dict(model.state_dict()), named.optimizer_state()["state"]))

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -136,7 +135,7 @@ def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[
 
 
 def _write_beside(folder: Path, what: str, content: Any, other: ThreadPoolExecutor) -> tuple[str, dict[str, Any]]:
-    draft = folder / f".{what}.part"
+    draft = folder / f".{what}.beside.part"
     draft.unlink(missing_ok=True)
     try:
         entry = _put(draft, content, other).result()
@@ -156,7 +155,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's name says."""
+    """Return the step that a checkpoint's name says, -1 where it says none."""
     match = NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
@@ -173,55 +172,3 @@ def verify(checkpoint: Path, beside: bool = True) -> dict[str, Any]:
     for name, expected in found["beside"].items() if beside else ():
         manifest.check(checkpoint.parent / name, expected)
     return found
-
-
-def intact(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint is what was written."""
-    try:
-        verify(checkpoint)
-    except manifest.Damaged:
-        return False
-    return True
-
-
-def newest_for(folder: Path, reason: str) -> Path | None:
-    """Return the newest checkpoint that was saved for this reason."""
-    for checkpoint in reversed(list_checkpoints(folder)):
-        try:
-            if reason in manifest.read(checkpoint, step_of(checkpoint))["reasons"]:
-                return checkpoint
-        except manifest.Damaged:
-            continue
-    return None
-
-
-def prune(folder: Path, keep: int | None, spared: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the spared one, and then what only the deleted ones had beside them.
-
-    A checkpoint is renamed before it is deleted, so that one half deleted is never taken for one.
-    """
-    for old in list_checkpoints(folder)[:-keep] if keep else ():
-        if old != spared:
-            draft = old.with_name(f".{old.name}.part")
-            old.rename(draft)
-            shutil.rmtree(draft, ignore_errors=True)
-    try:
-        needed = [name for p in list_checkpoints(folder) for name in manifest.read(p, step_of(p))["beside"]]
-    except manifest.Damaged:
-        return  # what it needs isn't known
-    for file in folder.glob("*.pt"):
-        spare = BESIDE.fullmatch(file.name) and file.name not in needed
-        if spare and manifest.digest(file).startswith(file.stem[-16:]):  # so it is no file of the user's
-            file.unlink(missing_ok=True)
-
-
-def prepare(folder: Path) -> None:
-    """Make a folder, see that it can be written, and delete what saves and deletions that were cut off have left there."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync(folder.parent)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-    for draft in folder.glob(".*.part"):
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.unlink(missing_ok=True)

@@ -19,6 +19,10 @@ class Damaged(Exception):
     """A checkpoint that is not what was written; the message names the file."""
 
 
+class Unknown(ValueError):
+    """A checkpoint of a format that this version does not read: no reason to go on from an older one."""
+
+
 def digest(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:
@@ -47,7 +51,7 @@ def _text(content: dict[str, Any]) -> str:
 
 
 def read(checkpoint: Path, step: int) -> dict[str, Any]:
-    """Return a checkpoint's manifest; raises Damaged where it is not what was written, or is another step's."""
+    """Return a checkpoint's manifest; raises Damaged where it is not what was written, or not that of this step (-1: any)."""
     path = checkpoint / NAME
     try:
         text = path.read_bytes().decode()
@@ -60,9 +64,9 @@ def read(checkpoint: Path, step: int) -> dict[str, Any]:
     if not whole:
         raise Damaged(f"{path} is damaged")
     if found.get("format") != FORMAT:
-        raise Damaged(f"{path} says format {found.get('format')!r} (hookloop {found.get('hookloop')}), which this version of "
+        raise Unknown(f"{path} says format {found.get('format')!r} (hookloop {found.get('hookloop')}), which this version of "
                       f"hookloop can't read; it reads {FORMAT}")  # fmt: skip
-    if found.get("step") != step:
+    if step >= 0 and found.get("step") != step:
         raise Damaged(f"{path} is that of step {found.get('step')}, in a folder of another name")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Container, Iterable
@@ -15,6 +16,11 @@ from .plain import plain
 
 # How a step is computed, not what: the program's own stands, also on another device.
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
+
+
+def outsider(group: int, number: int, given: str | None) -> str:
+    """Return the name of a tensor that the model does not hold."""
+    return f"(not in the model) {given}" if given else f"(group {group}, tensor {number}, not in the model)"
 
 
 def shape(x: Any) -> Any:
@@ -33,13 +39,21 @@ class Named:
         found = [(f"{path}." if path else "", part) for path, m in model.named_modules()
                  for kind, part in wrappers.items() if kind is not None and isinstance(m, kind)]  # fmt: skip
         self._wrapped = sorted(found, key=lambda one: len(one[0]), reverse=True)
-        names = {id(p): self.clean(name) for name, p in reversed([*model.named_parameters(remove_duplicate=False)])}
-        self.names = [[names.get(id(p), f"(group {i}, tensor {j}, not in the model)") for j, p in enumerate(group["params"])]
-                      for i, group in enumerate(optimizer.param_groups)]  # fmt: skip
+        # The smallest name of a tied tensor, whichever was registered first; a tensor that the model does not hold goes by
+        # the name that the optimizer was given, or else by its place.
+        aliases = sorted(
+            ((self.clean(n), p) for n, p in model.named_parameters(remove_duplicate=False)), key=lambda one: one[0]
+        )
+        names = {id(p): name for name, p in reversed(aliases)}
+        self.names = [[names.get(id(p)) or outsider(i, j, given) for j, (p, given) in enumerate(
+                       zip(g["params"], g.get("param_names") or [None] * len(g["params"]), strict=True))]
+                      for i, g in enumerate(optimizer.param_groups)]  # fmt: skip
         self.tensors = {n: p for ns, g in zip(self.names, optimizer.param_groups, strict=True)
                         for n, p in zip(ns, g["params"], strict=True)}  # fmt: skip
         inside = set(names.values())
         self.outside = {name: p for name, p in self.tensors.items() if name not in inside}
+        package = type(optimizer).__module__.partition(".")[0]
+        self.kind = type(optimizer).__qualname__ if package == "torch" else f"{package}.{type(optimizer).__qualname__}"
 
     def clean(self, name: str) -> str:
         """Return a name of the wrapped model as the bare model has it."""
@@ -57,20 +71,22 @@ class Named:
         return found
 
     def options(self) -> list[dict[str, Any]]:
-        """Return each group's settings as they stand."""
-        return [{k: value(v) for k, v in group.items() if k not in ("params", "param_names", *IMPLEMENTATION) and plain(v)}
+        """Return each group's settings as the program gave them: the rate before a scheduler touched it."""
+        return [{k: value(v) for k, v in {**group, "lr": group.get("initial_lr", group.get("lr"))}.items()
+                 if k not in ("params", "param_names", *IMPLEMENTATION) and plain(value(v))}
                 for group in self.optimizer.param_groups]  # fmt: skip
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state dict by names, with the tensors that it holds and the model does not."""
         packed = self.optimizer.state_dict()
-        groups = [dict(group) for group in packed["param_groups"]]
+        groups = [{k: v if k == "params" or isinstance(v, Tensor) else value(v, tuple) for k, v in group.items()}
+                  for group in packed["param_groups"]]  # fmt: skip
         by_id = {k: n for ns, g in zip(self.names, groups, strict=True) for n, k in zip(ns, g["params"], strict=True)}
         for names, group in zip(self.names, groups, strict=True):
             group.pop("param_names", None)
             group["params"] = names
         return {
-            "kind": type(self.optimizer).__name__,
+            "kind": self.kind,
             "groups": groups,
             "state": {by_id[k]: v for k, v in packed["state"].items() if k in by_id},
             "loose": {k: v for k, v in packed["state"].items() if k not in by_id},
@@ -79,24 +95,36 @@ class Named:
         }
 
     def model_misfits(self, saved: dict[str, Any]) -> dict[str, str]:
-        """Return, by name, what of a saved model does not fit this one."""
+        """Return, by name, what of a saved model can't be loaded into this one."""
         mine = self.model_state()
-        found = {
-            name: f"{name} is missing in the checkpoint, and {shape(mine[name])} here" for name in mine if name not in saved
-        }
-        found |= {name: f"{name} is in the checkpoint alone, as {shape(saved[name])}" for name in saved if name not in mine}
+        found = {n: f"{n} is missing in the checkpoint, and {shape(mine[n])} here" for n in mine if n not in saved}
+        found |= {n: f"{n} is in the checkpoint alone, as {shape(saved[n])}" for n in saved if n not in mine}
         for name in mine.keys() & saved.keys():
             here, there = shape(mine[name]), shape(saved[name])
             if here is not None and here != there:
                 found[name] = f"{name} is {here} here and {there} in the checkpoint"
         return {name: found[name] for name in sorted(found)}
 
+    def rounded(self, saved: dict[str, Any]) -> dict[str, str]:
+        """Return, by name, what can be loaded only in another type than it was saved in."""
+        both = {
+            n: (x, saved[n])
+            for n, x in self.model_state().items()
+            if isinstance(saved.get(n), Tensor) and isinstance(x, Tensor)
+        }
+        return {n: f"{n} is {x.dtype} here and {y.dtype} in the checkpoint" for n, (x, y) in both.items() if x.dtype != y.dtype}
+
+    def _counterparts(self, saved: dict[str, Any]) -> list[int | None]:
+        """Return for each group the saved one that shares most of its parameters, None where none shares any."""
+        there = [set(group["params"]) for group in saved["groups"]]
+        shared = [[len(group & set(names)) for group in there] for names in self.names]
+        return [counts.index(max(counts)) if any(counts) else None for counts in shared]
+
     def optimizer_misfits(self, saved: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]],
                           skip: Container[str] = ()) -> list[str]:  # fmt: skip
         """Return what of a saved optimizer does not fit; `before` and `now`: settings as the two programs gave them."""
-        kind = type(self.optimizer).__name__
-        if kind != saved["kind"]:
-            return [f"the optimizer is {kind} here and {saved['kind']} in the checkpoint"]
+        if self.kind != saved["kind"]:
+            return [f"the optimizer is {self.kind} here and {saved['kind']} in the checkpoint"]
         there = {name: i for i, group in enumerate(saved["groups"]) for name in group["params"]}
         here = {name: i for i, names in enumerate(self.names) for name in names}
         found = [f"the optimizer holds {name} {where} alone"
@@ -107,10 +135,14 @@ class Named:
         found += [f"{name} is {shape(p)} here and {shape(saved['outside'][name])} in the checkpoint"
                   for name, p in self.outside.items() if shape(saved["outside"].get(name, p)) != shape(p)]  # fmt: skip
         if len(before) != len(now):
-            return [*found, f"the optimizer has {len(now)} parameter groups here and {len(before)} in the checkpoint"]
-        return found + [f"{option} of parameter group {i} is {new[option]!r} here and {old[option]!r} in the checkpoint's program"
-                        for i, (new, old) in enumerate(zip(now, before, strict=True))
-                        for option in sorted(new.keys() & old.keys()) if new[option] != old[option]]  # fmt: skip
+            found.append(f"the optimizer has {len(now)} parameter groups here and {len(before)} in the checkpoint")
+        for i, j in enumerate(self._counterparts(saved)):
+            old, new = before[j] if j is not None and j < len(before) else {}, now[i]
+            found += [f"{option} of parameter group {i} is {new[option]!r} here and {old[option]!r} in the checkpoint's program"
+                      for option in changed(old, new)]  # fmt: skip
+            if structural(old, new):
+                found.append(f"so the optimizer's state of parameter group {i} would begin anew")
+        return found
 
     def load_model(self, saved: dict[str, Any], skip: Container[str] = ()) -> None:
         """Load weights and buffers, but for those in `skip`."""
@@ -120,25 +152,27 @@ class Named:
         self.model.load_state_dict(fits, strict=False)
 
     def load_optimizer(self, saved: dict[str, Any], before: list[dict[str, Any]], now: list[dict[str, Any]],
-                       skip: Iterable[str] = ()) -> None:  # fmt: skip
-        """Load state by name, but for those in `skip`, and settings by group, but for those that the program changed."""
+                       skip: Iterable[str] = (), rounded: Container[str] = ()) -> None:  # fmt: skip
+        """Load state by name, but for those in `skip`, and settings by group, but for those that the program changed.
+
+        `rounded`: parameters that are of another type now, whose state is rounded with them.
+        """
         packed, groups = self.optimizer.state_dict(), self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         ids = {name: k for names, g in zip(self.names, packed["param_groups"], strict=True)
                for name, k in zip(names, g["params"], strict=True)}  # fmt: skip
         outside = {name: p for name, p in self.outside.items() if shape(saved["outside"].get(name)) == shape(p)}
         skip = {*skip, *(self.outside.keys() - outside.keys())}
+        for i, j in enumerate(self._counterparts(saved)):
+            if j is not None:
+                old, new = before[j] if j < len(before) else {}, now[i]
+                own = {"params", "param_names", *IMPLEMENTATION, *changed(old, new)}
+                packed["param_groups"][i].update({k: v for k, v in saved["groups"][j].items() if k not in own})
+                skip |= set(self.names[i]) if structural(old, new) else set()
         state = {ids[name]: one for name, one in saved["state"].items() if name in ids and name not in skip}
-        for group, names, there, old, new in zip(
-            packed["param_groups"], self.names, saved["groups"], before, now, strict=False
-        ):
-            changed = {option for option in new.keys() & old.keys() if new[option] != old[option]}
-            if set(names) == set(there["params"]):
-                own = {"params", "param_names", *IMPLEMENTATION, *changed}
-                group.update({option: v for option, v in there.items() if option not in own})
-        self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**saved["loose"], **state}})
+        self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**packed["state"], **saved["loose"], **state}})
         for name, k in ids.items():
-            if k in state:
+            if k in state and name not in rounded:
                 held = self.optimizer.state[self.tensors[name]]
                 held.update(unrounded(held, saved["state"][name]))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -149,6 +183,17 @@ class Named:
         with torch.no_grad():
             for name, p in outside.items():
                 p.copy_(saved["outside"][name])
+
+
+def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the settings in which two programs differ, but for the rounding of a rate that one of them keeps as a tensor."""
+    return sorted(k for k in new.keys() & old.keys() if new[k] != old[k] and not (
+        isinstance(new[k], float) and isinstance(old[k], float) and math.isclose(new[k], old[k], rel_tol=1e-6)))  # fmt: skip
+
+
+def structural(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Tell whether a setting was turned on or off, so that the optimizer keeps other state than it did."""
+    return any(k not in ("lr", "initial_lr", "weight_decay") and bool(old[k]) != bool(new[k]) for k in changed(old, new))
 
 
 def unrounded(held: Any, exact: Any) -> Any:
@@ -162,8 +207,8 @@ def unrounded(held: Any, exact: Any) -> Any:
     return held
 
 
-def value(x: Any) -> Any:
-    """Return settings as numbers that compare."""
-    if isinstance(x, Tensor):
+def value(x: Any, sequence: type = list) -> Any:
+    """Return settings as plain numbers that compare."""
+    if isinstance(x, Tensor) or type(x).__module__ == "numpy":
         return x.tolist()
-    return [value(v) for v in x] if isinstance(x, list | tuple) else x
+    return sequence(value(v, sequence) for v in x) if isinstance(x, list | tuple) else x

@@ -40,3 +40,12 @@ def not_plain(x: Any, path: str = "", seen: dict[int, torch.dtype] | None = None
 def plain(x: Any) -> bool:
     """Tell whether `x` is numbers, strings, tensors, and dicts and lists of them."""
     return not_plain(x) is None
+
+
+def reduced(value: Any) -> Any:
+    """Return a copy without the entries of dicts that are no plain data: functions and counters stay as built."""
+    if type(value) is dict:
+        return {k: r for k, v in value.items() if plain(r := reduced(v))}
+    if type(value) in (list, tuple):
+        return type(value)(map(reduced, value))
+    return value.clone() if isinstance(value, torch.Tensor) else value

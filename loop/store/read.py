@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from . import disk, manifest
+
+log = logging.getLogger("hookloop")
 
 
 @dataclass
@@ -29,20 +32,25 @@ def load(checkpoint: Path, strict: bool = True) -> Found:
     listed = disk.verify(checkpoint, beside=strict)["beside"]
     model, state = (_content(checkpoint / name) for name in disk.FILES)
     found = Found(checkpoint, model, state)
-    for key, name, file in state.pop("beside"):
-        path = checkpoint.parent / file
-        try:
-            manifest.check(path, listed[file])
-        except manifest.Damaged as error:
-            found.lost.append(f"{key}'s {name}: {error}")
-            continue
-        state["callbacks"][key][name] = _content(path)
+    try:
+        for key, name, file in state.pop("beside"):
+            path, entries = checkpoint.parent / file, state["callbacks"][key]
+            try:
+                manifest.check(path, listed[file])
+            except manifest.Damaged as error:
+                found.lost.append(f"{key}'s {name}: {error}")
+            else:
+                entries[name] = _content(path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise manifest.Damaged(f"{checkpoint / disk.FILES[1]} was not written by hookloop: {error!r}") from None
     return found
 
 
 def _content(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # torch's words advise to load it with code and all
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f" ({named[1]})" if named else ""
@@ -55,9 +63,10 @@ def newest(folder: Path, strict: bool = True) -> Found | None:
     for checkpoint in reversed(disk.list_checkpoints(folder)):
         try:
             found = load(checkpoint, strict)
-        except Exception as error:
-            name = "" if isinstance(error, manifest.Damaged) else f"{checkpoint}: {type(error).__name__}: "
-            bad.append(name + (str(error).splitlines() or [""])[0])
+        except (manifest.Damaged, FileNotFoundError) as error:
+            if not checkpoint.is_dir():
+                return newest(folder, strict)  # deleted meanwhile by a run that still writes: it has newer ones
+            bad.append(str(error))
             continue
         if bad:
             warnings.warn(f"resumed from {checkpoint}, since a newer one can't be read: {'; '.join(bad)}", stacklevel=2)
@@ -65,7 +74,17 @@ def newest(folder: Path, strict: bool = True) -> Found | None:
     if bad:
         raise RuntimeError("no checkpoint can be read, and none is a reason to start afresh: " + "; ".join(bad) +
                            "; give another folder (Loop(..., strict=False) goes without a lost file of a callback's)")  # fmt: skip
+    log.warning("%s holds no checkpoint yet: a fresh start", folder)
     return None
+
+
+def readable(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint can be resumed from."""
+    try:
+        load(checkpoint)
+    except manifest.Damaged:
+        return False
+    return True
 
 
 def read(path: str | os.PathLike[str], strict: bool = True) -> Found | None:
@@ -75,8 +94,10 @@ def read(path: str | os.PathLike[str], strict: bool = True) -> Found | None:
     place = Path(path)
     if place.is_file():
         place = place.parent
-        if not disk.NAME.fullmatch(place.name):
+        if not (place / manifest.NAME).exists():
             raise ValueError(f"resume={str(path)!r} is no checkpoint of hookloop; load weights with model.load_state_dict")
+    if (place / manifest.NAME).exists() or (place / disk.FILES[0]).exists():
+        return load(place.resolve(), strict)
     there = [checkpoint.name for checkpoint in disk.list_checkpoints(place.parent)]
     inside = place.name.startswith("step-") or disk.NAME.fullmatch(place.parent.name) is not None
     if inside or place.suffix == ".pt" or (there and not place.is_dir()):

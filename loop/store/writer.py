@@ -18,7 +18,7 @@ class Writer:
         self.background, self.on_failure = background, on_failure
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._saved = False
+        self.saved = True  # the last save, for all that is known
 
     def run(self, save: Callable[[], object], tidy: Callable[[], object]) -> bool:
         """Run a save, in the background once the one before has ended, then `tidy`; return False for one that failed already."""
@@ -29,13 +29,13 @@ class Writer:
             return True
         self._attempt(save, tidy)
         self.settle()
-        return self._saved
+        return self.saved
 
     def _attempt(self, save: Callable[[], object], tidy: Callable[[], object]) -> None:
-        self._saved = False
+        self.saved = False
         try:
             save()
-            self._saved = True
+            self.saved = True
             tidy()
         except BaseException as error:
             self._error = error
@@ -51,5 +51,5 @@ class Writer:
         if self.on_failure == "stop" or not isinstance(error, OSError):
             raise error
         warnings.warn(
-            f"Checkpoint failed to {'delete' if self._saved else 'save'}, and training goes on: {error}", stacklevel=2
+            f"Checkpoint failed to {'delete an old one' if self.saved else 'save; older ones stay'}: {error}", stacklevel=2
         )
