@@ -45,8 +45,11 @@ class Copies:
         source = x.untyped_storage()
         if source._cdata not in self._storages:
             pinned = x.device.type != "cpu"
-            host = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=pinned).untyped_storage()
-            host.copy_(source, non_blocking=pinned)
+            if pinned:
+                host = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=True).untyped_storage()
+                host.copy_(source, non_blocking=True)
+            else:
+                host = source.clone()
             self._storages[source._cdata] = source, host  # kept, so that no other storage comes by this address
             if pinned:
                 event = self._events.setdefault(x.device, torch.Event(x.device.type))
