@@ -114,6 +114,7 @@ class Schedule(Callback):
             here, there = self._settings, state["settings"]
             if lost := [f"{k} {there[k]!r} (not {here[k]!r})" for k in here if k in there and here[k] != there[k]]:
                 warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=2)
+            self._settings = there
             self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
             # torch warns of a step before any update, and those before the restore count
             self.scheduler.optimizer._opt_called = True

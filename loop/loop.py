@@ -96,10 +96,7 @@ class Loop(Session):
                 raise RuntimeError("an epoch went by without a step: iterate loop.steps(loader) in each")
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
-        """Yield the steps of one epoch, each with the data of one update; `loop.update()` ends each.
-
-        A break after `loop.update()` ends the epoch there.
-        """
+        """Yield the steps of one epoch, each with one update's data, to end with `loop.update()`; a break ends the epoch."""
         state, feed = self.state, self.feed
         self._pass = this = object()
         try:
@@ -230,6 +227,8 @@ class Loop(Session):
             return
         self.state.report(metrics)
         self._run("on_validation_end")
+        if self.state.loader is None:  # around a loop of the user's own the next forward may change buffers
+            self._flush()
 
     @property
     def stopped(self) -> bool:

@@ -86,6 +86,8 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     state.rates = [group["lr"] for group in state.optimizer.param_groups]
     for name in PROGRESS:
         setattr(state, name, saved["progress"][name])
+    if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
+        saved["data"].update(left=None, read=saved["data"]["read"] - 1)
     loop.feed.load_state_dict(saved["data"])
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]

@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 log = logging.getLogger("hookloop")
 open_listeners: list[Listener] = []
 before: dict[signal.Signals, Any] = {}  # the handlers that ours stand in for
-past: dict[signal.Signals, Any] = {}  # the same, kept for a handler set since that still calls ours
+past: dict[signal.Signals, Any] = {}  # the first of them, for a handler set since that still calls ours
 due: list[signal.Signals] = []  # what Loops that were left already want raised again
 process = 0  # in which ours were set
 
@@ -32,16 +32,20 @@ class Listener:
             return  # nowhere else can a handler be set
         if process != os.getpid():  # a fork has no share in what its parent hears
             open_listeners.clear()
-            before.clear()
             due.clear()
         process = os.getpid()
         open_listeners.append(self)
         for number in self.signals:
-            if number not in before and signal.getsignal(number) not in (None, signal.SIG_IGN):  # ignored, as by nohup
-                if caught_outside(number):
-                    log.warning("%s is handled outside Python, which can't put that back: it is left alone", number.name)
-                else:
-                    past[number] = before[number] = signal.signal(number, handle)
+            stands = signal.getsignal(number)
+            if stands is handle:  # another Loop's, or put back by whoever stood in for it
+                before.setdefault(number, past.get(number, signal.SIG_DFL))
+            elif stands in (None, signal.SIG_IGN):  # ignored, as by nohup
+                continue
+            elif caught_outside(number):
+                log.warning("%s is handled outside Python, which can't put that back: it is left alone", number.name)
+            else:
+                before[number] = signal.signal(number, handle)
+                past.setdefault(number, before[number])
 
     def close(self, again: bool) -> None:
         """Hear no more; `again`: what was caught is raised again, once no other Loop is open."""

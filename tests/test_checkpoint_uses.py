@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -218,7 +219,7 @@ def test_two_checkpoints_on_one_folder_are_refused(spelled: str, tmp_path: Path)
 
 def test_two_loops_at_once_on_one_folder_are_refused(tmp_path: Path) -> None:
     model = net(noise=False)
-    loop = Loop(model, adamw(model), [Checkpoint(tmp_path, every=1)])
+    loop = Loop(model, adamw(model), [Checkpoint(tmp_path, every=1)])  # around one's own loop, it must say when
 
     def other(step: int) -> None:
         if step == 2:
@@ -229,7 +230,7 @@ def test_two_loops_at_once_on_one_folder_are_refused(tmp_path: Path) -> None:
 
     around(loop, 4, other)
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
-    again = enter(Loop(model, adamw(model), [Checkpoint(tmp_path)], resume=tmp_path))
+    again = enter(Loop(model, adamw(model), [Checkpoint(tmp_path, every=100)], resume=tmp_path))
     assert again.state.step == 4
     around(again, 2, lambda step: None)
     assert names(tmp_path)[-1] == "step-00000006"
@@ -241,7 +242,7 @@ def test_two_loops_at_once_on_one_folder_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("noise", [False, True], ids=["plain", "batch norm"])
 def test_around_the_best_is_what_was_validated(noise: bool, tmp_path: Path) -> None:
     model, losses, seen = net(noise=noise), iter([3.0, 1.0, 2.0]), {}
-    save = Checkpoint(tmp_path, keep=None, best="val_loss")
+    save = Checkpoint(tmp_path, every=100, keep=None, best="val_loss")
     loop = Loop(model, adamw(model), [save])
 
     def report(step: int) -> None:
@@ -259,7 +260,7 @@ def test_around_the_best_is_what_was_validated(noise: bool, tmp_path: Path) -> N
 
 def test_around_a_report_after_the_last_update_is_saved_as_it_was(tmp_path: Path) -> None:
     model = net()
-    save = Checkpoint(tmp_path, best="val_loss")
+    save = Checkpoint(tmp_path, every=100, best="val_loss")
     loop = Loop(model, adamw(model), [save])
     around(loop, 3, lambda step: loop.report({"val_loss": 1.0}) if step == 3 else None)
     assert save.best == tmp_path / "step-00000003"
@@ -298,8 +299,9 @@ def test_another_metric_is_not_compared_with_the_old_one(who: str, goal: Goal, h
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_dtype_is_told_and_trains_on(dtype: torch.dtype, tmp_path: Path) -> None:
-    wanted = save_run(tmp_path / "a").state.model.state_dict()
+@pytest.mark.parametrize("steps", [7, 3], ids=["at an epoch's end", "within an epoch"])
+def test_another_dtype_is_told_and_trains_on(steps: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    wanted = save_run(tmp_path / "a", steps=steps).state.model.state_dict()
     loop = resuming(tmp_path / "a", Checkpoint(tmp_path / "b"), model=net(dtype, noise=False, seed=8))
     before = bits(loop)
     with pytest.raises(ValueError, match=rf"0\.weight is {dtype} here and torch\.float32 in the checkpoint"):
@@ -307,16 +309,16 @@ def test_another_dtype_is_told_and_trains_on(dtype: torch.dtype, tmp_path: Path)
     assert_same_bits(before, bits(loop))
     model = net(dtype, noise=False, seed=8)
     loop = resuming(tmp_path / "a", Checkpoint(tmp_path / "b"), model=model, strict=False)
-    with pytest.warns(UserWarning, match=rf"3\.bias is {dtype} here|2\.bias is {dtype} here"):
+    with pytest.warns(UserWarning, match=rf"2\.bias is {dtype} here"):
         enter(loop)
     assert_same_bits({n: x.to(dtype) for n, x in wanted.items()}, dict(model.state_dict()))
-    state = built_in(loop, loss_fn, data(dtype), steps=6)
-    assert state.step == 6
+    state = built_in(loop, loss_fn, data(dtype), steps=10)
+    assert state.step == 10
     for p in model.parameters():
         assert p.dtype == dtype
-        assert state.optimizer.state[p]["step"] == 6
+        assert state.optimizer.state[p]["step"] == 10
         assert p.isfinite().all()
-    assert enter(resuming(tmp_path / "b", Checkpoint(tmp_path / "b"), model=net(dtype, noise=False))).state.step == 6
+    assert enter(resuming(tmp_path / "b", Checkpoint(tmp_path / "b"), model=net(dtype, noise=False))).state.step == 10
 
 
 def deeper() -> nn.Sequential:
@@ -392,17 +394,14 @@ class Picky(Callback):
         self.count = state["of another version" if self.refuses and state["count"] else "count"]
 
 
-@pytest.mark.parametrize("form", ["scheduler", "function"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_what_callbacks_refuse_is_told_at_once_and_changes_nothing(strict: bool, form: str, tmp_path: Path) -> None:
+def test_what_callbacks_refuse_is_told_at_once_and_changes_nothing(strict: bool, tmp_path: Path) -> None:
     model = net(noise=False)
     loop = Loop(model, adamw(model), [EarlyStopping("score"), halved(), Seed(5), Picky(False), Checkpoint(tmp_path / "a")])
     hand(loop, lambda: loop.report({"score": 1.0}), epochs=2)
     stop, picky, seed, model = EarlyStopping("score"), Picky(True), Seed(6), net(noise=False, seed=8)
     optimizer = adamw(model)
-    made: Any = lr_scheduler.ExponentialLR(optimizer, 0.5) if form == "scheduler" else lambda optimizer, steps: \
-        lr_scheduler.ExponentialLR(optimizer, 0.5)  # fmt: skip
-    schedule = Schedule(made)
+    schedule = Schedule(lr_scheduler.ExponentialLR(optimizer, 0.5))
     loop = resuming(tmp_path / "a", stop, schedule, seed, picky, Checkpoint(tmp_path / "b"), model=model, optimizer=optimizer,
                     strict=strict)  # fmt: skip
     before, settings = bits(loop), [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -429,19 +428,42 @@ def test_what_callbacks_refuse_is_told_at_once_and_changes_nothing(strict: bool,
         assert type(schedule.scheduler).__name__ == "ExponentialLR"
 
 
-def test_a_scheduler_of_other_settings_is_told(tmp_path: Path) -> None:
-    def cosine(length: int) -> Schedule:
-        return Schedule(lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, length))
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_kind_of_scheduler_by_a_function_is_told_when_it_is_built(strict: bool, tmp_path: Path) -> None:
+    save_run(tmp_path, halved())
+    made = Schedule(lambda optimizer, steps: lr_scheduler.ExponentialLR(optimizer, 0.5))
+    with pytest.raises(ValueError, match=r"holds a StepLR, scheduler is a ExponentialLR"):
+        built_in(resuming(tmp_path, made, Checkpoint(tmp_path / "b"), strict=strict), loss_fn, data(), steps=4)
 
+
+def cosine(length: int) -> Schedule:
+    return Schedule(lambda optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, length))
+
+
+def test_a_scheduler_of_other_settings_is_told(tmp_path: Path) -> None:
     save_run(tmp_path, cosine(14))
     with pytest.warns(UserWarning, match=r"CosineAnnealingLR.*checkpoint's T_max 14 \(not 42\)"):
-        built_in(resuming(tmp_path, cosine(42), Checkpoint(tmp_path)), loss_fn, data(), steps=4)
+        built_in(resuming(tmp_path, cosine(42), Checkpoint(tmp_path / "b")), loss_fn, data(), steps=4)
     model = net(noise=False)
     optimizer = adamw(model)
     built = Schedule(lr_scheduler.CosineAnnealingLR(optimizer, 42))
     with pytest.warns(UserWarning, match=r"CosineAnnealingLR.*checkpoint's T_max 14 \(not 42\)"):
-        enter(resuming(tmp_path, built, Checkpoint(tmp_path), model=model, optimizer=optimizer))
+        enter(resuming(tmp_path, built, Checkpoint(tmp_path / "c"), model=model, optimizer=optimizer))
     built_in(resuming(tmp_path, cosine(14), Checkpoint(tmp_path)), loss_fn, data(), steps=5)  # the same: no warning
+
+
+@pytest.mark.parametrize("length", [14, 42])
+def test_a_schedulers_settings_are_told_as_they_are_also_at_the_second_resume(length: int, tmp_path: Path) -> None:
+    """The checkpoint's T_max of 14 stood at the first resume with 42, so it is what the second goes on with."""
+    save_run(tmp_path / "a", cosine(14))
+    with pytest.warns(UserWarning, match=r"T_max 14 \(not 42\)"):
+        built_in(resuming(tmp_path / "a", cosine(42), Checkpoint(tmp_path / "b")), loss_fn, data(), steps=4)
+    again = cosine(length)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        built_in(resuming(tmp_path / "b", again, Checkpoint(tmp_path / "b")), loss_fn, data(), steps=5)
+    assert again.scheduler.T_max == 14
+    assert [str(one.message).partition("checkpoint's ")[2] for one in caught] == (["T_max 14 (not 42)"] if length == 42 else [])
 
 
 @pytest.mark.parametrize(("kind", "before", "after"), [
@@ -497,12 +519,13 @@ def test_by_hand_nothing_is_reported_when_leaving(at: int, tmp_path: Path) -> No
 
     whole, counted, reported = made(None)
     run(whole)
-    cut, _, early = made(tmp_path, At(at, lambda state: state.leave("x")))
+    cut, _, early = made(tmp_path / "a", At(at, lambda state: state.leave("x")))
     state = run(cut)
     assert (state.step, state.stop_reason) == (at, "x")
     assert early.seen == [seen for seen in reported.seen if seen[0] < at]
-    assert newest(tmp_path) == at
-    again, stop, history = made(tmp_path)
+    assert newest(tmp_path / "a") == at
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    again, stop, history = made(tmp_path / "b")
     assert run(again).step == 21
     assert history.seen == reported.seen
     assert (stop.tracker.best, stop.tracker.bad) == (counted.tracker.best, counted.tracker.bad)
@@ -546,10 +569,16 @@ def test_a_last_save_that_failed_is_tried_again(background: bool, tmp_path: Path
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(handle, text)
 
+    def arm() -> None:
+        for thread in threading.enumerate():  # the save of the first epoch is there
+            if thread.name == "hookloop checkpoint":
+                thread.join()
+        armed.append(1)
+
     monkeypatch.setattr(os, "write", full)
     model = net(noise=False)
-    loop = Loop(model, adamw(model), [Arm(2, lambda: armed.append(1)), Checkpoint(tmp_path, background=background)])
-    with pytest.warns(UserWarning, match="Checkpoint failed to save; older ones stay: .*disk full"):
+    loop = Loop(model, adamw(model), [Arm(2, arm), Checkpoint(tmp_path, background=background)])
+    with pytest.warns(UserWarning, match="Checkpoint failed to save.*disk full"):
         built_in(loop, loss_fn, data(), epochs=2)
     assert not armed
     assert names(tmp_path) == ["step-00000007", "step-00000014"]
@@ -644,7 +673,7 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_put_aside(kind: str, tmp_pat
     if kind.startswith("code"):
         torch.save({"x": Evil(mark)}, bad / ("model.pt" if kind == "code in the model" else "state.pt"))
     elif kind == "no file of torch's":
-        (bad / "model.pt").write_bytes(pickle.dumps([1, 2]) * 100)
+        (bad / "model.pt").write_bytes(pickle.dumps([1, 2], 2) * 100)
     else:
         torch.save([1, 2], bad / "state.pt")
     rewrite(bad)
@@ -652,7 +681,8 @@ def test_a_newest_checkpoint_that_cannot_be_read_is_put_aside(kind: str, tmp_pat
         built_in(loop := resuming(folder, Checkpoint(folder, every=1, keep=None)), loss_fn, data(), steps=6)
     assert not mark.exists()
     assert loop.state.step == 6
-    assert names(folder) == [f"step-{step:08d}" for step in range(1, 7)]
+    # the name of the one put aside is not given twice
+    assert names(folder) == [f"step-{step:08d}{'.2' if step == 3 else ''}" for step in range(1, 7)]
     assert (folder / "unreadable-step-00000003").is_dir()
     (line,) = said(caplog, "renamed")
     assert str(bad) in line
@@ -664,14 +694,22 @@ def test_a_checkpoint_of_a_later_version_is_an_error_by_name(tmp_path: Path) -> 
     save_run(tmp_path, every=1)
     rewrite(tmp_path / "step-00000003", format=2, hookloop="9.0")
     there = sorted(p.name for p in tmp_path.iterdir())
-    fresh = net(noise=False)
-    for place, loop in (("of a resume", resuming(tmp_path, Checkpoint(tmp_path))),
-                        ("of one checkpoint", resuming(tmp_path / "step-00000003", Checkpoint(tmp_path))),
-                        ("of a fresh start", Loop(fresh, adamw(fresh), [Checkpoint(tmp_path)])),
-                        ("of an older one", resuming(tmp_path / "step-00000002", Checkpoint(tmp_path)))):  # fmt: skip
+    loops = [resuming(place, Checkpoint(tmp_path)) for place in (tmp_path, *(tmp_path / f"step-0000000{n}" for n in (3, 2)))]
+    for loop in loops:
+        before = bits(loop)
         with pytest.raises(ValueError, match=r"step-00000003.*format 2 \(hookloop 9\.0\)"):
             built_in(loop, loss_fn, data(), steps=6)
-        assert sorted(p.name for p in tmp_path.iterdir()) == there, place
+        assert sorted(p.name for p in tmp_path.iterdir()) == there
+        if loop is not loops[-1]:
+            assert_same_bits(before, bits(loop))
+
+
+def test_a_fresh_run_puts_no_checkpoint_of_a_later_version_aside(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    rewrite(tmp_path / "step-00000003", format=2)
+    with pytest.raises(ValueError, match=r"step-00000003.*format 2"):
+        save_run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_what_others_put_into_the_folder_stays(tmp_path: Path) -> None:
@@ -817,7 +855,7 @@ def test_an_optimizer_of_the_same_name_from_elsewhere_is_another_kind(tmp_path: 
         enter(loop)
 
 
-@pytest.mark.parametrize("number", [10**400, -(10**400), 2**1024])
+@pytest.mark.parametrize("number", [10**400, -(10**400), 2**1024], ids=["large", "negative", "just too large"])
 def test_an_integer_beyond_all_floats_is_refused_where_it_is_logged(number: int) -> None:
     model = net()
     state = State(model, adamw(model))

@@ -34,7 +34,7 @@ class Folder:
             self._prepare()
         except OSError as error:
             raise OSError(f"can't write to folder={str(self.path)!r}, give another: {error}") from error
-        if any(other.path == self.path for other in self.used - {self}):
+        if any(other.path.resolve() == self.path.resolve() for other in self.used - {self}):
             raise ValueError(f"folder {str(self.path)!r} is written by another Checkpoint now; give each its own")
         self.used.add(self)
         for later in (p for p in list_checkpoints(self.path) if step_of(p) > step):
