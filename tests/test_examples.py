@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -25,7 +26,9 @@ ROOT = Path(__file__).parents[1]
 def start(example: str, folder: Path, *more: str, python: str = sys.executable, cwd: Path = ROOT) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
     command = [python, str(ROOT / "examples" / example), "--folder", str(folder), *more]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore Ctrl-C
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=hears)  # fmt: skip
 
 
 def table(process: subprocess.Popen[str]) -> dict[str, str]:
