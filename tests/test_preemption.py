@@ -402,7 +402,11 @@ class Run:
 
     def __init__(self, server: Server, errors: Path) -> None:
         self.server, self.errors, self.code = server, errors, None
-        self.pid = int(self._line(LIMIT).split()[1])
+        early = []
+        while not (line := self._line(LIMIT)).startswith("pid "):
+            early.append(f"{line}\n".encode())  # the child may speak before the server does
+        self.pid = int(line.split()[1])
+        server.buffer = b"".join([*early, server.buffer])
 
     def _line(self, limit: float) -> str:
         end = time.monotonic() + limit
