@@ -21,11 +21,8 @@ Build = Callable[[Optimizer, int | None], LRScheduler]
 
 def settings(scheduler: Any) -> dict[str, Any]:
     """Return what a scheduler was built with, as far as it is single values."""
-    return {
-        k: v
-        for k, v in scheduler.state_dict().items()
-        if isinstance(v, int | float | str) and k[0] != "_" and k != "last_epoch"
-    }
+    single = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
+    return {k: v for k, v in single.items() if k[0] != "_" and k != "last_epoch"}
 
 
 class Schedule(Callback):
@@ -34,7 +31,8 @@ class Schedule(Callback):
     `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called once at the
     start, when groups are split and the length is known (else None). `on`: "step", "epoch", or for ReduceLROnPlateau
     and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other factors don't disturb
-    it, since each update puts the rates back. Raises TypeError or ValueError for what doesn't fit together.
+    it, since each update puts the rates back. A resumed run goes on with the checkpoint's scheduler, and warns of settings
+    in which the program's differs. Raises TypeError or ValueError for what doesn't fit together.
     """
 
     owns = ("optimizer's rates",)

@@ -41,10 +41,8 @@ class Named:
         self._wrapped = sorted(found, key=lambda one: len(one[0]), reverse=True)
         # The smallest name of a tied tensor, whichever was registered first; a tensor that the model does not hold goes by
         # the name that the optimizer was given, or else by its place.
-        aliases = sorted(
-            ((self.clean(n), p) for n, p in model.named_parameters(remove_duplicate=False)), key=lambda one: one[0]
-        )
-        names = {id(p): name for name, p in reversed(aliases)}
+        aliases = {self.clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        names = {id(aliases[name]): name for name in sorted(aliases, reverse=True)}
         self.names = [[names.get(id(p)) or outsider(i, j, given) for j, (p, given) in enumerate(
                        zip(g["params"], g.get("param_names") or [None] * len(g["params"]), strict=True))]
                       for i, g in enumerate(optimizer.param_groups)]  # fmt: skip
@@ -107,11 +105,8 @@ class Named:
 
     def rounded(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return, by name, what can be loaded only in another type than it was saved in."""
-        both = {
-            n: (x, saved[n])
-            for n, x in self.model_state().items()
-            if isinstance(saved.get(n), Tensor) and isinstance(x, Tensor)
-        }
+        both = {n: (x, saved[n]) for n, x in self.model_state().items() if n in saved}
+        both = {n: (x, y) for n, (x, y) in both.items() if isinstance(x, Tensor) and isinstance(y, Tensor)}
         return {n: f"{n} is {x.dtype} here and {y.dtype} in the checkpoint" for n, (x, y) in both.items() if x.dtype != y.dtype}
 
     def _counterparts(self, saved: dict[str, Any]) -> list[int | None]:
