@@ -13,16 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..loop.callback import Callback
 from ..loop.goal import Goal
 from ..loop.groups import put
+from ..loop.schedulers import differences, settings
 from ..loop.state import State
 from ..loop.store import reduced
 
 Build = Callable[[Optimizer, int | None], LRScheduler]
-
-
-def settings(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler was built with, as far as it is single values."""
-    single = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
-    return {k: v for k, v in single.items() if k[0] != "_" and k != "last_epoch"}
 
 
 class Schedule(Callback):
@@ -32,7 +27,8 @@ class Schedule(Callback):
     start, when groups are split and the length is known (else None). `on`: "step", "epoch", or for ReduceLROnPlateau
     and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other factors don't disturb
     it, since each update puts the rates back. A resumed run goes on with the checkpoint's scheduler, and warns of settings
-    in which the program's differs. Raises TypeError or ValueError for what doesn't fit together.
+    in which the program's differs. Raises TypeError or ValueError for what doesn't fit together, such as a scheduler's
+    function that gives other values than the one in the checkpoint's run: functions can't be saved.
     """
 
     owns = ("optimizer's rates",)
@@ -109,10 +105,14 @@ class Schedule(Callback):
         if self._saved and self.scheduler is not None:
             if state["kind"] != (kind := type(self.scheduler).__name__):
                 raise ValueError(f"the checkpoint holds a {state['kind']}, scheduler is a {kind}; give the same one")
-            here, there = self._settings, state["settings"]
-            if lost := [f"{k} {there[k]!r} (not {here[k]!r})" for k in here if k in there and here[k] != there[k]]:
+            lost, changed = differences(self._settings, state["settings"])
+            if changed:
+                raise ValueError(
+                    f"the checkpoint's {kind} has {', '.join(changed)}; a function can't be saved, so give the same"
+                )
+            if lost:
                 warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=2)
-            self._settings = there
+            self._settings = state["settings"]
             self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
             # torch warns of a step before any update, and those before the restore count
             self.scheduler.optimizer._opt_called = True

@@ -75,7 +75,8 @@ class TensorBoard(Callback):
             **{f"decay/group{i}": group.get("weight_decay") for i, group in enumerate(groups)},
             "batch/size": size, "batch/micro_size": state.micro_size or size,
             "batch/accumulate": state.accumulate, "batch/grad_norm": state.grad_norm if self.grad_norm else None,
-            "speed/samples_per_s": used / max(now - since, 1e-9) if used else None, **memory(state.device),
+            "speed/samples_per_s": used / max(now - since, 1e-9) if used else None, "speed/seconds": state.seconds,
+            **memory(state.device),
             "progress/epoch": state.epoch, "progress/samples": state.samples, "progress/skipped": state.skipped,
         })  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -60,6 +61,13 @@ def share(name: str, value: Any) -> None:
     """Refuse what is no share of a whole."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{name} must be a share above 0 and at most 1, not {value!r}")
+
+
+def refuse(why: str, strict: bool) -> None:
+    """Raise ValueError for a resume under other settings, or warn where `strict=False` allows it."""
+    if strict:
+        raise ValueError(f"{why}; resume with the same, start afresh in another folder, or allow it: Loop(..., strict=False)")
+    warnings.warn(f"{why}; strict=False allows it", stacklevel=2)
 
 
 def check_loader(name: str, loader: Any) -> None:

@@ -13,7 +13,7 @@ from .checks import whole
 from .state import MicroEnd, State
 
 if TYPE_CHECKING:
-    from .feed import Chunk
+    from .chunk import Chunk
     from .rng import Streams
 
 Method = Callable[[State], Any]

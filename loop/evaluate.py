@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import RandomSampler, SequentialSampler
 
 from . import batch as batches
-from .feed import Chunk, piece
+from .chunk import Chunk, piece
+from .diagnose import STOPPED, explain, miscounted
 from .goal import number
 from .mean import Mean
 from .outputs import checked, detached, single, weight_of
@@ -38,7 +41,7 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
         try:
             model.eval()
             count = 0
-            for data in _read(loader, state if may_leave else None):
+            for data in _read(loader, state, may_leave):
                 count = _one_batch(loop, loss_fn, model, data, count, means)
             if may_leave and state.leaving:
                 return None
@@ -53,16 +56,26 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
     return {prefix + name: number(prefix + name, value) for name, value in found.items()}
 
 
-def _read(loader: Any, state: State | None) -> Iterator[Any]:
-    """Yield batches; with a `state` until the run is to be left, and then also where the loader's workers are gone."""
+def _read(loader: Any, state: State, may_leave: bool) -> Iterator[Any]:
+    """Yield batches; with `may_leave` until the run is to be left, and then also where the loader's workers are gone."""
+    number = 0
+    source: Iterator[Any] = iter(())
     try:
-        for data in loader:
-            if state is not None and state.leaving:
+        source = iter(loader)
+        for number, data in enumerate(source, 1):  # noqa: B007
+            if may_leave and state.leaving:
                 return
             yield data
-    except Exception:
-        if state is None or not state.leaving:
-            raise
+    except Exception as error:
+        if may_leave and state.leaving:
+            return
+        explain(error, loader, source, f"batch {number} of an evaluation after step {state.step}", None)
+        raise
+    if text := miscounted(loader, number):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        if number < len(loader) and type(sampler) in (RandomSampler, SequentialSampler):
+            raise RuntimeError(f"{text} in an evaluation: {STOPPED}")
+        warnings.warn(f"{text} in an evaluation", stacklevel=2)
 
 
 def _one_batch(loop: Session, loss_fn: Any, model: Any, data: Any, count: int, means: dict[str, Mean]) -> int:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from . import batch as batches
-from .order import Order
+from .checks import refuse
+from .chunk import Chunk, fresh, own, piece
+from .diagnose import STOPPED, died, explain, miscounted, unsharded
+from .order import Order, length
 from .rng import derive, generators, isolated, mix, seed_streams
 from .store import plain
 
 END = object()
-
-
-@dataclass(slots=True)
-class Chunk:
-    """A batch, or a cut of one, with the positions of its samples in the data set."""
-
-    data: Any
-    index: list[Any] | None = None
-    size: int | None = None
-    part: bool = False  # of a loader batch
+COUNTS = ("data set holds", "sampler gives")
+log = logging.getLogger("hookloop")
 
 
 class Feed:
     """Reads a loader batch by batch; what a step leaves of one is kept for the next (`left`)."""
 
-    def __init__(self, cut: batches.Cut | None, measure: Callable[[Any], int]) -> None:
-        self.cut, self._measure, self.epoch, self.read, self.offset = cut, measure, -1, 0, 0
+    def __init__(self, cut: batches.Cut | None, measure: Callable[[Any], int], strict: bool) -> None:
+        self.cut, self._measure, self._strict, self.epoch, self.read, self.offset = cut, measure, strict, -1, 0, 0
         self.left: Chunk | None = None
         self.again: list[Chunk] = []  # what a step took that was never updated
         self.loader: Any = None
@@ -40,8 +34,14 @@ class Feed:
         self._opened: Any = None
         self._source: Iterator[Any] = iter(())
         self._shape: dict[str, Any] = {}
-        self._promised: dict[str, Any] = {}
-        self.failed: Exception | None = None
+        self._promised: dict[str, Any] = {}  # the shape of the checkpoint's run
+        self._latest: dict[str, Any] = {}  # that of the epoch begun last
+        self._varies = False  # epochs of this run differ in it
+        self.failed = False  # the error that is on its way came from reading
+        self._ahead: list[Any] = []
+        self._first: Any = None
+        self._stateful = self._ended = self._lied = False
+        self._kept: tuple[Any, bool] | None = None  # a stateful loader's own state, and whether its epoch had ended
         self._before = 0, 0
         self._streams: list[torch.Generator] = []
         self._base = 0
@@ -52,67 +52,134 @@ class Feed:
             return
         self.detach()
         self.loader, self._shape = loader, {}
+        self._stateful = False
         if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
             self.order = Order(loader)
-            self._shape = {"samples in the data set": _len(loader.dataset), "batch size of the loader": loader.batch_size}
+            sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+            self._shape = {
+                "data set holds": length(loader.dataset),
+                "sampler gives": length(sampler),
+                "size": loader.batch_size,
+            }
+            if loader.num_workers and not getattr(loader, "in_order", True):
+                log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
+                            "resumed inside an epoch may repeat samples and miss others; leave in_order out")  # fmt: skip
+        elif not isinstance(loader, Iterator):
+            self._stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
     def detach(self) -> None:
         """Let the loader go, with its workers; an iterator, which can't be begun again, is kept."""
         if self.order is not None:
             self.order.close()
+        if self._stateful and self._opened is self.loader:
+            self._kept = self.loader.state_dict(), self._ended
+        if self.failed and not getattr(self.loader, "persistent_workers", False):
+            getattr(self._source, "_shutdown_workers", bool)()  # else whoever keeps the error keeps the workers too
         if not isinstance(self._opened, Iterator):
-            self._source = iter(())
-        self.loader = self.order = None
+            self._source, self._ahead = iter(()), []
+        self.loader, self.order, self.failed = None, None, False
 
     def open(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         """Start the epoch's iteration at the kept position: skipped without reading, where the order is ours.
 
         Raises ValueError for data that a position inside the epoch does not fit.
         """
-        promised, self._promised = self._promised, {}
-        for name, value in self._shape.items() if self.epoch == epoch else ():
-            if promised.get(name, value) != value:
-                raise ValueError(f"the checkpoint was made with {promised[name]} {name}, not {value}; "
-                                 "resume with the same data, or start afresh in another folder")  # fmt: skip
-        if self.epoch != epoch:
+        promised, before, self._promised, self._latest = self._promised, self._latest, {}, self._shape
+        inside = self.epoch == epoch
+        comparable = promised and self._shape and (inside or not self._varies)
+        if odd := next((name for name in COUNTS if comparable and promised[name] != self._shape[name]), None):
+            refuse(f"the {odd} {self._shape[odd]} samples here and {promised[odd]} in the checkpoint's run", self._strict)
+        self._varies |= not inside and any(before[name] != self._shape.get(name) for name in COUNTS if before)
+        if inside and promised and self._shape:
+            self._fit(promised["size"], self._shape["size"])
+        if not inside:
             self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
             return  # a used iterator goes on by itself
-        try:
-            self._start(epoch, seed, rank, seeds_samples, device)
-        except Exception as error:
-            self.failed = error
-            raise
+        self._start(epoch, seed, rank, seeds_samples, device)
+
+    def _fit(self, size: int | None, here: int | None) -> None:
+        """Take a position in a loader of `size` samples a batch to one of another size."""
+        if size is None or here is None or type(self.loader.batch_sampler) is not BatchSampler:
+            if size != here:
+                refuse(f"the loader's batch size is {here} here and {size} in the checkpoint's run", self._strict)
+        elif size != here:
+            used = (self.read - (self.left is not None)) * size + self.offset
+            held = self._shape["sampler gives"]
+            (self.read, self.offset), self.left = divmod(used if held is None else min(used, held), here), None
 
     def _start(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
-        self._opened, offset, read = self.loader, self.offset, self.read
+        self._opened, self._ahead, offset, read = self.loader, [], self.offset, self.read
         self._streams, self._base = [], derive(seed, "read", epoch, rank)
+        (kept, ended), self._kept, self._ended = self._kept or (None, False), None, False
+        goes_on = self._stateful and kept is not None and (ended or bool(read))
+        if goes_on:
+            self.loader.load_state_dict(kept)
+            if ended and read:
+                self._source, self._kept, self._ended = iter(()), (kept, True), True  # the next epoch begins with it
+                return
         with isolated(device, derive(seed, "loader", epoch, rank)):
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
-                self._source = self.order.iterate(seed, epoch, rank, read, seeds_samples or self.loader.num_workers > 0)
+                seeds_samples = seeds_samples or self.loader.num_workers > 0
+                self._source = self._reading(self.order.iterate, seed, epoch, rank, read, seeds_samples)
             else:
-                self._source = iter(self.loader)
-                ahead = list(itertools.islice(self._source, 1))  # many draw their order with the first batch
-                self._source = itertools.chain(iter(ahead), self._source)  # chain holds its arguments, an iterator what is left
+                self._source = self._reading(iter, self.loader)
+                self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
         if self.order is None:
             if seeds_samples and not isinstance(self.loader, list | tuple):  # it may draw here, for each batch
                 self._streams = generators(device)
-            for self.read in range(read):
-                self._next()
-            self.read = read
+            if not goes_on:
+                self._read_forward(read)
         if offset and self.left is None and self.more():
             self.offset = offset
             self._put_back(self._measured(self.left), offset)
 
+    def _read_forward(self, count: int) -> None:
+        """Read what the run has used already, and leave it out."""
+        skipped: Iterable[int] = range(count)
+        if count and not isinstance(self.loader, list | tuple):
+            from tqdm.auto import tqdm
+
+            log.warning("%s can't be told where to go on, so its first %d batches are read again and left out; a loader "
+                        "with state_dict, such as torchdata's StatefulDataLoader, spares that",
+                        type(self.loader).__name__, count)  # fmt: skip
+            skipped = tqdm(skipped, desc="reading forward", unit="batch", leave=False, disable=None)
+        for self.read in skipped:
+            self._next()
+        self.read = count
+
     def _next(self) -> Any:
         if self._streams:
             seed_streams(mix(self._base, self.read), self._streams)
+        data = self._ahead.pop() if self._ahead else self._reading(next, self._source, END)
+        if self.epoch == 0 and self.read < 2 and data is not END:
+            self._look_at(data)
+        return data
+
+    def _reading(self, act: Callable[..., Any], *given: Any) -> Any:
+        """Return act(*given); an error in it says what was read."""
+        drawn = self.order.drawn if self.order is not None else ()
         try:
-            return next(self._source, END)
+            found = act(*given)
+            if found is END and drawn:  # a batch was drawn, and its reading ended the epoch
+                raise RuntimeError(STOPPED)
+            return found
         except Exception as error:
-            self.failed = error
+            self.failed = True
+            known = drawn[0] if drawn and getattr(self.loader, "in_order", True) else None
+            explain(error, self.loader, self._source, f"loader batch {self.read} of epoch {self.epoch}", known)
             raise
+
+    def blames(self, error: BaseException | None) -> bool:
+        """Tell whether an error came from reading; that of a dead worker comes up anywhere, by a signal."""
+        return self.failed or (isinstance(error, RuntimeError) and died(error, self._source))
+
+    def _look_at(self, data: Any) -> None:
+        """Warn of workers that all give the same; of the first batch a reference is kept until the second is there."""
+        first, self._first = self._first, data if self.read == 0 else None
+        if self.read == 1 and first is not None and (text := unsharded(self.loader, first, data)):
+            log.warning(text)
 
     def more(self) -> bool:
         """Tell whether a sample is left in this epoch; reads at most one loader batch ahead."""
@@ -120,6 +187,11 @@ class Feed:
             index = self.order.drawn.popleft() if self.order is not None and self.order.drawn else None
             known = isinstance(index, list | tuple) and getattr(self.loader, "in_order", True)
             self.left, self.read, self.offset = Chunk(data, list(index) if known else None), self.read + 1, 0  # type: ignore[arg-type]
+        elif self.left is None and not self.again and not self._ended:
+            self._ended = True
+            if not self._lied and (text := miscounted(self.loader, self.read)):
+                self._lied = True
+                log.warning("%s: what counts on it, as state.total_steps and schedules do, is off", text)
         return self.left is not None or bool(self.again)
 
     def gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
@@ -184,7 +256,7 @@ class Feed:
             kind = type(self.loader).__name__
             return f"the loader is an iterator ({kind}) with nothing left; pass what can be iterated again"
         if self.order is not None:
-            count, loader = _len(self.loader.dataset), self.loader
+            count, loader = length(self.loader.dataset), self.loader
             sizes = f"{count} samples, batch {loader.batch_size}, drop_last={loader.drop_last}"
             return f"the loader gives 0 batches: {sizes}; give it more data or a smaller batch"
         return f"the loader ({type(self.loader).__name__}) gives 0 batches; give it data"
@@ -195,49 +267,14 @@ class Feed:
         kept = None if left is None or self.again else [batches.walk(left.data, own), left.index, left.size]
         if self.again or not plain(kept):
             read, kept = read - 1, None  # it is read again, and its used samples left out
-        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept}
+        passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
+        own_state = self.loader.state_dict() if self._stateful and self._opened is self.loader and not passed else None
+        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "varies": self._varies, "left": kept,
+                "loader": own_state, "ended": self._ended}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""
-        self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
+        self.epoch, self.read, self.offset = state["epoch"], state["read"], state["offset"]
+        self._promised, self._varies = state["shape"], state["varies"]
         self.left = None if state["left"] is None else Chunk(*state["left"])
-
-
-def fresh(x: Any, path: str) -> Any:
-    """Return a tensor in memory of its own, unless that is pinned for a device to copy from."""
-    return x if isinstance(x, torch.Tensor) and x.is_pinned() else own(x, path)
-
-
-def own(x: Any, path: str) -> Any:
-    """Return a tensor without the storage that it is a view of."""
-    return x.clone() if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested else x
-
-
-def piece(chunk: Chunk, start: int, stop: int, cut: batches.Cut | None) -> Chunk:
-    """Return samples start..stop of a measured chunk."""
-    total = chunk.size or 0
-    index = chunk.index[start:stop] if chunk.index is not None and len(chunk.index) == total else None
-    return Chunk(batches.cut(chunk.data, start, stop, total, cut), index, stop - start)
-
-
-def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
-    """Return the batches and samples of one pass, None where unknown; `walk` through a custom batch sampler to see."""
-    count = _len(loader)
-    if isinstance(loader, DataLoader) and count is not None and not isinstance(loader.dataset, IterableDataset):
-        sampler = loader.batch_sampler
-        if type(sampler) is BatchSampler and (total := _len(sampler.sampler)) is not None:
-            return count, total // sampler.batch_size * sampler.batch_size if sampler.drop_last else total
-        if sampler is not None and walk:
-            with isolated(torch.device("cpu"), 0):
-                return count, sum(len(indices) for indices in sampler)
-    if isinstance(loader, list | tuple):  # another sequence may load each batch as it is asked for it
-        sizes = [batches.size(data) for data in loader]
-        return count, None if None in sizes else sum(n or 0 for n in sizes)
-    return count, None
-
-
-def _len(x: Any) -> int | None:
-    try:
-        return len(x)
-    except (TypeError, NotImplementedError):
-        return None
+        self._kept = None if state["loader"] is None else (state["loader"], state["ended"])

@@ -121,10 +121,10 @@ class Loop(Session):
                 self._flush()
             self._phase = "left" if state.leaving or feed.more() else "exhausted"
         except Exception as error:
-            if error is not feed.failed or not state.leaving:
+            if not (feed.failed and state.leaving):
                 raise
             self._phase = "left"  # the signal that asks to leave may have ended the loader's workers too
-            log.warning("reading data failed while leaving (%s): %s: %s", state.stop_reason, type(error).__name__, error)
+            log.warning("reading data failed while leaving (%s): %r", state.stop_reason, error)
         except GeneratorExit:
             if self._pass is this:
                 ended = self._step is not None and self._step.updated and not self.stopped

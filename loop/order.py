@@ -1,4 +1,4 @@
-"""The order of a map-style DataLoader's samples, and each batch's randomness, drawn from (seed, epoch) alone."""
+"""The order of a map-style DataLoader's samples, and each batch's randomness, drawn from (seed, epoch) alone; its extent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from . import batch as batches
 from .rng import derive, isolated, mix, seed_streams
 
 
@@ -97,3 +98,27 @@ class Order:
             drawn = SeededIndex(drawn)
             drawn.key = key
         return drawn
+
+
+def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
+    """Return the batches and samples of one pass, None where unknown; `walk` through a custom batch sampler to see."""
+    count = length(loader)
+    if isinstance(loader, DataLoader) and count is not None and not isinstance(loader.dataset, IterableDataset):
+        sampler = loader.batch_sampler
+        if type(sampler) is BatchSampler and (total := length(sampler.sampler)) is not None:
+            return count, total // sampler.batch_size * sampler.batch_size if sampler.drop_last else total
+        if sampler is not None and walk:
+            with isolated(torch.device("cpu"), 0):
+                return count, sum(len(indices) for indices in sampler)
+    if isinstance(loader, list | tuple):  # another sequence may load each batch as it is asked for it
+        sizes = [batches.size(data) for data in loader]
+        return count, None if None in sizes else sum(n or 0 for n in sizes)
+    return count, None
+
+
+def length(x: Any) -> int | None:
+    """Return len(x), None where there is none."""
+    try:
+        return len(x)
+    except (TypeError, NotImplementedError):
+        return None

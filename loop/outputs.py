@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .feed import Chunk
+from .chunk import Chunk
 
 if TYPE_CHECKING:
     from .session import Session

@@ -8,8 +8,21 @@ from collections.abc import Iterable
 from .callback import Callback
 from .checks import whole
 from .dispatch import overridden
-from .feed import extent
+from .order import extent
 from .state import State
+
+
+def update_samples(callbacks: Iterable[Callback], state: State) -> int | None:
+    """Return the samples that the update at this position is planned to hold; None where unknown, or a matter of measuring."""
+    shape = [c for c in callbacks if {"batch_size", "accumulate"} & set(c.owns)]
+    if any(c.measured for c in shape):
+        return None
+    shadow = State(state.model, state.optimizer, loader=state.loader, epoch_samples=state.epoch_samples, step=state.step,
+                   epoch=state.epoch, batch_size=state.batch_size, accumulate=state.accumulate)  # fmt: skip
+    for callback in shape:
+        callback.on_step_start(shadow)
+    size = shadow.batch_size or getattr(state.loader, "batch_size", None)
+    return None if size is None else size * shadow.accumulate
 
 
 def count_steps(callbacks: Iterable[Callback], state: State, epochs: int | None, steps: int | None) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import leaves
-from .feed import Chunk
+from .chunk import Chunk
 from .rng import generators
 from .state import State
 

@@ -8,10 +8,13 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import rng, store
 from .batch import move
 from .callback import Callback
 from .dispatch import note
+from .plan import update_samples
 
 if TYPE_CHECKING:
     from .session import Session
@@ -39,7 +42,8 @@ def capture(loop: Session) -> store.Contents:
         "metrics": {name: value for name, value in state.metrics.items() if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
         "seed": loop.seed,
-    }, beside)  # fmt: skip
+        "update_samples": None if state.loader is None else update_samples(loop.callbacks, state),
+    }, beside, {"device": state.device.type, "seconds": state.seconds})  # fmt: skip
 
 
 def state_of(callback: Callback, step: int) -> dict[str, Any]:
@@ -67,6 +71,8 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
               for key in sorted(saved["callbacks"].keys() - mine.keys())]  # fmt: skip
     if (state.scaler is None) != (saved["scaler"] is None):
         amiss.append(f"the checkpoint was made {'without' if state.scaler else 'with'} scaler=, which is not so here")
+    if state.seed is not None and saved["seed"] not in (None, state.seed):
+        amiss.append(f"the seed is {state.seed} here and {saved['seed']} in the checkpoint")
     _load_callbacks(mine, saved["callbacks"], amiss, strict)
     if amiss and strict:
         more = f"; and {len(amiss) - 20} more" if len(amiss) > 20 else ""
@@ -74,6 +80,11 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
                          "folder, or take what fits: Loop(..., strict=False)")  # fmt: skip
     if amiss or found.lost:
         warnings.warn(f"{found.place}: not taken, as strict=False allows: {'; '.join(amiss + found.lost)}", stacklevel=2)
+    here = {"torch": str(torch.__version__), "device": state.device.type}
+    if here != (made := {name: found.about.get(name, value) for name, value in here.items()}):
+        was, now = " on ".join(made.values()), " on ".join(here.values())
+        warnings.warn(f"{found.place} was made by torch {was}, and this is torch {now}: the run goes on, but not to the "
+                      "same bits", stacklevel=2)  # fmt: skip
     for key, callback in mine.items():
         if key not in saved["callbacks"] and callback.state_dict():
             step = saved["progress"]["step"]
@@ -92,7 +103,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
     state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], saved["rng"]
-    loop._saved_at = state.step
+    loop._saved_at, loop.promised, state.spent = state.step, saved.get("update_samples"), found.about.get("seconds", 0.0)
     rng.restore(saved["rng"], state.device)
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from . import batch as batches
 from . import rng
 from .callback import Callback
-from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, whole
+from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, whole
 from .dispatch import AROUND, PLAN, Dispatch, check, note, overridden, table
 from .feed import Feed
 from .mean import Mean
-from .plan import count_steps
+from .plan import count_steps, update_samples
 from .ranks import rank_and_world
 from .redo import Snapshot
 from .resume import capture, restore
@@ -63,8 +64,9 @@ class Session(Dispatch):
         self.autocast = autocast_context(autocast, device)
         self.weigh, self.cut, self.max_skips, self.resume, self.strict = weigh, cut, max_skips, resume, strict
         self.measure = functools.partial(batches.measure, weigh=weigh)
-        self.feed, self.train_loss = Feed(cut, self.measure), Mean()
+        self.feed, self.train_loss = Feed(cut, self.measure, strict), Mean()
         self.seed: int | None = None
+        self.promised: int | None = None  # samples of an update, by the checkpoint
         self.settings: list[dict[str, Any]] = []  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
@@ -94,7 +96,7 @@ class Session(Dispatch):
                                "model, optimizer and callbacks anew, and a Loop that resumes from the last checkpoint")  # fmt: skip
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
-        state.stop_reason, state._leave_at, state._leave_reason = None, math.inf, ""
+        state.since, state.stop_reason, state._leave_at, state._leave_reason = time.monotonic(), None, math.inf, ""
         state.drop_factors()
         if state.scaler is not None:  # an error between unscaling and the update would leave it marked as unscaled
             state.scaler._per_optimizer_states.pop(id(state.optimizer), None)
@@ -131,6 +133,7 @@ class Session(Dispatch):
         if loader is not None:
             state.total_steps = count_steps(self.callbacks, state, *self._end)
             self.feed.attach(loader)
+            self._check_promised()
         if state.seed is not None:
             self.seed = state.seed
         elif self.seed is None:  # one draw, as iterating a DataLoader makes, says this run's order
@@ -141,6 +144,14 @@ class Session(Dispatch):
         if self.snapshot is None and self.hooks["on_exception"]:
             self.snapshot = Snapshot(state)
         self._run("on_fit_start")
+
+    def _check_promised(self) -> None:
+        """Refuse, once after a restore, updates of another size than the checkpoint's run would make here."""
+        promised, self.promised = self.promised, None
+        here = None if promised is None else update_samples(self.callbacks, self.state)
+        if here is not None and here != promised:
+            refuse(f"an update holds {here} samples here and {promised} in the checkpoint's run (batch size times "
+                   "accumulation)", self.strict)  # fmt: skip
 
     def _open_epoch(self, loader: Any) -> None:
         """Bring the loader to where the run stands."""
@@ -196,8 +207,11 @@ class Session(Dispatch):
             self.feed.again = self._step.chunks  # entered again, the run goes on with this very step
             attempt(functools.partial(self._step.fail, None))
             self._step.release()
+        if error is not None and self.feed.blames(error):
+            error.add_note(f"after step {self.state.step}")
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None
+        self.state.spent, self.state.since = self.state.seconds, None
         first = error
         acts, self.state.at_exit = self.state.at_exit, []
         for act in acts[::-1]:

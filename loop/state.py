@@ -78,6 +78,8 @@ class State:
     reported_at: int = -1
     writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
+    spent: float = 0.0  # seconds of earlier entries, and what this one's began at
+    since: float | None = None
     at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry
 
     def __post_init__(self) -> None:
@@ -97,6 +99,11 @@ class State:
         self._logged: dict[str, Any] = {}
         self._evaluating = False
         self._leave_at, self._leave_reason = math.inf, ""
+
+    @property
+    def seconds(self) -> float:
+        """Time spent inside `with loop:`, also by the runs that this one goes on from."""
+        return self.spent + (0.0 if self.since is None else time.monotonic() - self.since)
 
     def stop(self, reason: str) -> None:
         """End training after this step; the first reason stands."""

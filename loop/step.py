@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import batch as batches
 from . import ranks
-from .feed import Chunk, piece
+from .chunk import Chunk, piece
 from .outputs import checked, detached, singles, weight_of, weighted
 
 if TYPE_CHECKING:

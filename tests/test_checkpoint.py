@@ -86,7 +86,7 @@ def final(form: Any, folder: Path | None, kills: Any, hook: str = "on_step_end",
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_step_is_a_resume_point(form: Any, tmp_path: Path) -> None:
+def test_rs1_every_step_is_a_resume_point(form: Any, tmp_path: Path) -> None:
     """Killed after any step, before any save of the next: weights, optimizer, counts and metrics are the same bits."""
     expected = final(form, None, [])
     for step in range(1, expected[1][0] + 1):
@@ -106,7 +106,7 @@ def test_killed_in_any_hook(hook: str, tmp_path: Path) -> None:
         assert expected[1] == found[1]
 
 
-def test_resumed_many_times(tmp_path: Path) -> None:
+def test_rs2_resumed_many_times(tmp_path: Path) -> None:
     expected = final(by_hand, None, [])
     assert_same_bits(expected[0], final(by_hand, tmp_path, range(1, expected[1][0], 2))[0])
 
@@ -265,10 +265,8 @@ def test_resume_refusals(tmp_path: Path) -> None:
         built_in(Loop(model, adamw(model), [Checkpoint(tmp_path)]), loss_fn, *data(), steps=4)
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         built_in(Loop(model, adamw(model), resume=tmp_path / "step-00000099"), loss_fn, *data(), steps=4)
-    with pytest.raises(ValueError, match=r"50 samples in the data set, not 51"):
+    with pytest.raises(ValueError, match=r"data set holds 51 samples here and 50"):
         built_in(make(tmp_path), loss_fn, DataLoader(Samples(51), 8, shuffle=True), data()[1], steps=4)
-    with pytest.raises(ValueError, match=r"8 batch size of the loader, not 9"):
-        built_in(make(tmp_path), loss_fn, DataLoader(Samples(50), 9, shuffle=True), data()[1], steps=4)
     with pytest.warns(UserWarning, match="no state of Counting"):
         built_in(make(tmp_path, extra=[Counting()]), loss_fn, *data(), steps=4)
 

@@ -29,7 +29,7 @@ from torch.utils.data import (
 
 from hookloop.callbacks import GradientAccumulation, Seed, Warmup
 from hookloop.loop import Callback, Loop
-from hookloop.loop.feed import extent
+from hookloop.loop.order import extent
 
 
 class Plan(Callback):

@@ -33,7 +33,7 @@ from hookloop.loop.groups import as_text, describe
 
 Curves = dict[str, list[tuple[int, float]]]
 STEP_TAGS = {"train/loss", "train/accuracy", "rate/group0", "decay/group0", "batch/size", "batch/micro_size",
-             "batch/accumulate", "speed/samples_per_s", "memory/process_gib", "progress/epoch", "progress/samples",
+             "batch/accumulate", "speed/samples_per_s", "speed/seconds", "memory/process_gib", "progress/epoch", "progress/samples",
              "progress/skipped"}  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_curves(form: Any, tmp_path: Path) -> None:
     assert {value for _, value in curves["batch/accumulate"]} == {2}
     assert curves["progress/samples"] == [(1, 16), (5, 66), (10, 132)]
     assert curves["progress/epoch"] == [(1, 0), (5, 1), (10, 2)]
-    assert all(value > 0 for tag in ("speed/samples_per_s", "memory/process_gib") for _, value in curves[tag])
+    assert all(value > 0 for tag in ("speed/samples_per_s", "speed/seconds", "memory/process_gib") for _, value in curves[tag])
 
 
 def test_around_a_loop_of_the_users_own(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_resumed_from_a_checkpoint(form: Any, tmp_path: Path, saved_at: int) -> 
         newer.rename(tmp_path / newer.name)
     run(tmp_path / "broken")
     whole, broken = (read(tmp_path / name / "tb") for name in ("whole", "broken"))
-    timed = ("speed/samples_per_s", "memory/process_gib")
+    timed = ("speed/samples_per_s", "speed/seconds", "memory/process_gib")
     assert {t: steps(whole, t) for t in whole} == {t: steps(broken, t) for t in broken}
     assert {t: v for t, v in whole.items() if t not in timed} == {t: v for t, v in broken.items() if t not in timed}
 

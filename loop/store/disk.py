@@ -29,12 +29,16 @@ BESIDE = re.compile(r"\w+-[0-9a-f]{16}\.pt")
 
 @dataclass
 class Contents:
-    """What a checkpoint holds; `beside`: (callback, entry of its state) -> what is kept in a file of its own."""
+    """What a checkpoint holds; `beside`: (callback, entry of its state) -> what is kept in a file of its own.
+
+    `about`: facts of this save, for its manifest: two runs with the same content may differ in them.
+    """
 
     step: int
     model: dict[str, Any]
     state: dict[str, Any]
     beside: dict[tuple[str, str], Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise TypeError naming what is no plain data, while it can still be put right."""
@@ -123,7 +127,7 @@ def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[
             parts = zip(FILES, (contents.model, state), strict=True)
             found = {name: _put(draft / name, content, other) for name, content in parts}
             files = {name: future.result() for name, future in found.items()}
-            text = manifest.render(contents.step, sorted(reasons), files, dict(beside.values()))
+            text = manifest.render(contents.step, sorted(reasons), files, dict(beside.values()), contents.about)
             _put(draft / manifest.NAME, text, other)
         sync(draft)
         draft.rename(target)

@@ -34,14 +34,16 @@ def entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def render(step: int, reasons: list[str], files: dict[str, Any], beside: dict[str, Any]) -> str:
+def render(
+    step: int, reasons: list[str], files: dict[str, Any], beside: dict[str, Any], about: dict[str, Any] | None = None
+) -> str:
     """Return the manifest's text; its last entry is the digest of all the others."""
     try:
         version = metadata.version("hookloop")
     except metadata.PackageNotFoundError:  # the source folder on the path, never installed
         version = "unknown"
     content = {"format": FORMAT, "step": step, "reasons": reasons, "torch": str(torch.__version__), "hookloop": version,
-               "files": files, "beside": beside}  # fmt: skip
+               **(about or {}), "files": files, "beside": beside}  # fmt: skip
     return _text(content)
 
 

@@ -19,24 +19,25 @@ log = logging.getLogger("hookloop")
 
 @dataclass
 class Found:
-    """A checkpoint's content; `lost` names files beside it that are gone, which only a reader that may go without takes."""
+    """A checkpoint's content, and its manifest; `lost`: files beside it that are gone, where a reader may go without."""
 
     place: Path
     model: dict[str, Any]
     state: dict[str, Any]
+    about: dict[str, Any]
     lost: list[str] = field(default_factory=list)
 
 
 def load(checkpoint: Path, strict: bool = True) -> Found:
     """Return one checkpoint; raises Damaged, which names the file, for one that is not what was written, or no plain data."""
-    listed = disk.verify(checkpoint, beside=strict)["beside"]
+    about = disk.verify(checkpoint, beside=strict)
     model, state = (_content(checkpoint / name) for name in disk.FILES)
-    found = Found(checkpoint, model, state)
+    found = Found(checkpoint, model, state, about)
     try:
         for key, name, file in state.pop("beside"):
             path, entries = checkpoint.parent / file, state["callbacks"][key]
             try:
-                manifest.check(path, listed[file])
+                manifest.check(path, about["beside"][file])
             except manifest.Damaged as error:
                 found.lost.append(f"{key}'s {name}: {error}")
             else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import batch as batches
-from ..feed import Chunk, piece
+from ..chunk import Chunk, piece
 from ..loop import Loop
 from ..outputs import checked, weight_of
 from ..rng import isolated

@@ -1,0 +1,83 @@
+"""What went wrong in reading data: said beside the error, which seldom says it itself."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from .batch import leaves
+from .order import length
+from .rng import isolated
+
+SHOWN, SECONDS = 8, 10.0
+STOPPED = ("StopIteration was raised inside the data set or its collate_fn, which would end the epoch early without a word; raise "
+           "another error there, or leave the sample out")  # fmt: skip
+
+
+def explain(error: BaseException, loader: Any, source: Iterator[Any], where: str, indices: Any) -> None:
+    """Note on an error in reading which samples were read, which of them is odd, and which worker died."""
+    listed = list(indices) if isinstance(indices, list | tuple) else [] if indices is None else [indices]
+    more = ", ..." if len(listed) > 64 else ""
+    error.add_note(f"in reading {where}" + (f", samples {str(listed[:64])[1:-1]}{more}" if listed else ""))
+    if hasattr(source, "_workers"):  # torch's frames hold the error itself: a cycle, and all of the run would hang on it
+        traceback.clear_frames(error.__traceback__)
+    if not died(error, source) and listed:
+        error.add_note(_odd(loader.dataset, listed))
+
+
+def died(error: BaseException, source: Iterator[Any]) -> bool:
+    """Note on an error which workers died; tell whether any did."""
+    workers = [w for w in getattr(source, "_workers", ()) if w.exitcode]
+    for worker in workers:
+        how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"
+        error.add_note(f"worker pid {worker.pid} died ({how}): often a lack of memory or of shared memory (/dev/shm); give it "
+                       "more, or fewer workers or smaller batches")  # fmt: skip
+    return bool(workers)
+
+
+def _odd(dataset: Any, indices: list[Any]) -> str:
+    """Return which of these samples can't be read, or are not like the others; reads them again, for some seconds at most."""
+    found: dict[str, list[Any]] = {}
+    end = time.monotonic() + SECONDS
+    with isolated(torch.device("cpu")):
+        for i in itertools.takewhile(lambda _: time.monotonic() < end, indices):
+            try:
+                kind = shape(dataset[i])
+            except Exception as error:
+                kind = f"{type(error).__name__}: {error}"
+            found.setdefault(kind, []).append(i)
+    if len(found) < 2:
+        (kind, same), *_ = found.items()
+        return f"read again, {'all' if len(same) == len(indices) else f'the first {len(same)}'} of them are {kind}"
+    return "read again: " + "; ".join(f"{kind} (samples {str(some[:SHOWN])[1:-1]}{', ...' if some[SHOWN:] else ''})"
+                                      for kind, some in sorted(found.items(), key=lambda one: len(one[1])))  # fmt: skip
+
+
+def shape(sample: Any) -> str:
+    """Return the types and shapes in a sample as text."""
+    return ", ".join(f"{path.removeprefix('batch')} {type(x).__name__}{tuple(x.shape) if hasattr(x, 'shape') else ''}".strip()
+                     for path, x in leaves(sample)) or repr(sample)  # fmt: skip
+
+
+def miscounted(loader: Any, gave: int) -> str | None:
+    """Return what to say of a loader that gave another number of batches than its `len`."""
+    said = length(loader)
+    return None if said in (None, gave) else f"{type(loader).__name__} says that it gives {said} batches and gave {gave}"
+
+
+def unsharded(loader: Any, first: Any, second: Any) -> str | None:
+    """Return a warning where two workers of an iterable data set gave the same first batch."""
+    if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1):
+        return None
+    a, b = ([x for _, x in leaves(batch) if isinstance(x, torch.Tensor)] for batch in (first, second))
+    if not a or len(a) != len(b) or not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+        return None
+    return (f"two of the {loader.num_workers} workers gave the same first batch, so every sample may come {loader.num_workers} "
+            f"times: {type(loader.dataset).__name__}.__iter__ must give each worker its part, by "
+            "torch.utils.data.get_worker_info().id and .num_workers")  # fmt: skip

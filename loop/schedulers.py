@@ -1,0 +1,35 @@
+"""What a torch scheduler was built with, so that a resumed run tells when the program now builds another."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+POINTS = (0, 1, 10, 100, 1000)
+
+
+def settings(scheduler: Any) -> dict[str, Any]:
+    """Return its single values, and of its functions, which can't be saved, what they give at a few points."""
+    single = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
+    found: dict[str, Any] = {k: v for k, v in single.items() if k[0] != "_" and k != "last_epoch"}
+    for name, value in vars(scheduler).items():
+        held = value if isinstance(value, list | tuple) else [value]
+        if functions := [f for f in held if isinstance(f, FunctionType)]:
+            found[f"{name} at {', '.join(map(str, POINTS))}"] = [[_at(f, point) for point in POINTS] for f in functions]
+    for i, inner in enumerate(getattr(scheduler, "_schedulers", ())):
+        found |= {f"{name} of its scheduler {i}": value for name, value in settings(inner).items()}
+    return found
+
+
+def _at(function: FunctionType, point: int) -> float | None:
+    try:
+        return float(function(point))
+    except Exception:  # beyond its range, or no function of the step alone
+        return None
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return, as text, where two differ: in values, which a restore takes over, and in functions, which none can."""
+    differ = [name for name in here if name in there and here[name] != there[name]]
+    text = {name: f"{name} {there[name]!r} (not {here[name]!r})" for name in differ}
+    return ([text[n] for n in differ if not isinstance(here[n], list)], [text[n] for n in differ if isinstance(here[n], list)])

@@ -1,0 +1,742 @@
+"""Runs resumed under other circumstances, rows RS2 to RS14: the same bits where they can be, else an error or one warning."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiplicativeLR, OneCycleLR, SequentialLR, StepLR
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from hookloop.callbacks import (
+    Checkpoint,
+    DynamicBatchSize,
+    EarlyStopping,
+    GradientAccumulation,
+    MicroBatch,
+    Schedule,
+    Seed,
+    Steps,
+    TensorBoard,
+)
+from hookloop.loop import Callback, Goal, Loop, State
+from hookloop.loop.store import list_checkpoints, manifest
+
+Bits = dict[str, Tensor]
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(Callback):
+    """Ends the run without a word at a step's end, before that step's save."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, state: State) -> None:
+        if state.step == self.step:
+            raise Killed
+
+
+class Log(Callback):
+    """Keeps, by the update's number, the samples it used and its rates; what is done again takes the place of the first."""
+
+    def __init__(self) -> None:
+        self.samples: dict[int, list[int]] = {}
+        self.sizes: dict[int, list[int]] = {}
+        self.losses: dict[int, float] = {}
+        self.rates: dict[int, list[float]] = {}
+
+    def on_step_start(self, state: State) -> None:
+        self.samples[state.step], self.sizes[state.step] = [], []
+
+    def on_micro_end(self, state: State) -> None:
+        if state.micro is not None and state.micro.training:
+            self.samples[state.step] += state.micro.batch[2].tolist()
+            self.sizes[state.step].append(state.micro.size)
+
+    def on_step_end(self, state: State) -> None:
+        self.rates[state.step - 1] = [float(rate) for rate in state.rates]
+        self.losses[state.step - 1] = float(state.metrics["loss"])
+
+
+def make(folder: Path | None, *extra: Callback, kill: int | None = None, seed: int | None = 5, every: int | None = 1,
+         noise: bool = True, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Loop:  # fmt: skip
+    model = net(dtype, noise=noise, seed=5)
+    first: list[Callback] = [] if seed is None else [Seed(seed)]
+    save = [] if folder is None else [Checkpoint(folder, every=every, keep=None)]
+    return Loop(model, adamw(model), [*first, *save, *extra, KillAt(kill)], **{"resume": folder, **kwargs})
+
+
+def killed(folder: Path, step: int, train: Any, *extra: Callback, form: Any = built_in, epochs: int = 2, **kwargs: Any) -> Loop:
+    """A run ended at a step's end, before its save: the step before it is on the disk."""
+    loop = make(folder, *extra, kill=step, **kwargs)
+    with pytest.raises(Killed):
+        form(loop, loss_fn, train, epochs=epochs)
+    return loop
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def resign(checkpoint: Path, **about: Any) -> None:
+    old = json.loads((checkpoint / manifest.NAME).read_text())
+    names = {path.name: manifest.entry(path) for path in sorted(checkpoint.glob("*.pt"))}
+    about = {"device": old["device"], "seconds": old["seconds"], **about}
+    (checkpoint / manifest.NAME).write_text(manifest.render(old["step"], old["reasons"], names, old["beside"], about))
+
+
+# RS2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs2_ten_resumes_in_one_epoch(form: Any, tmp_path: Path) -> None:
+    """Killed after every second update of one epoch: nothing is read twice but what the last update, unsaved, had used."""
+    expected, read = make(None, DynamicBatchSize(3, 3)), list[int]()
+    form(expected, loss_fn, loader(66), epochs=1)
+    for kill in [*range(2, 22, 2), None]:
+        train, loop = loader(66), make(tmp_path, DynamicBatchSize(3, 3), kill=kill)
+        try:
+            form(loop, loss_fn, train, epochs=1)
+        except Killed:
+            assert loop.state.step == kill
+        read += train.dataset.read
+    assert_same_bits(bits(expected), bits(loop))
+    assert (loop.state.step, loop.state.samples, sorted(set(read))) == (22, 66, list(range(66)))
+    assert len(read) <= 66 + 10 * 8  # of a loader batch of 8, what the killed update had begun
+
+
+# RS3
+
+
+class Augmented(Samples):
+    """Draws from every global generator for each sample."""
+
+    def __getitem__(self, i: int) -> Any:
+        x, y, i = super().__getitem__(i)
+        return x + random.random() + float(np.random.rand()) + torch.rand(()), y, i
+
+
+def augmented(**kwargs: Any) -> DataLoader:
+    return DataLoader(Augmented(40), 8, shuffle=True, **kwargs)
+
+
+NONE: dict[str, Any] = {}
+TWO = {"num_workers": 2}
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "0, 2, 1": [NONE, TWO, {"num_workers": 1}],
+    "2, 0, 2": [TWO, NONE, TWO],
+    "persistent on and off": [{**TWO, "persistent_workers": True}, TWO, {**TWO, "persistent_workers": True}],
+    "prefetch": [{**TWO, "prefetch_factor": 1}, {**TWO, "prefetch_factor": 4}, {"num_workers": 1, "prefetch_factor": 7}],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("seed", [5, None])
+def test_rs3_workers_change(change: str, seed: int | None, tmp_path: Path) -> None:
+    """Killed inside an epoch, at its end and inside the next; without a Seed, all legs have workers, whose noise is seeded too."""
+    legs = CHANGES[change]
+    if seed is None:
+        legs = [leg or {"num_workers": 1} for leg in legs]
+    torch.manual_seed(1)
+    expected = make(None, seed=seed)
+    built_in(expected, loss_fn, augmented(num_workers=0 if seed else 1), epochs=3)
+    for leg, kill in zip(legs, (4, 6, None), strict=True):
+        torch.manual_seed(1)
+        loop = make(tmp_path, kill=kill, seed=seed)
+        try:
+            built_in(loop, loss_fn, augmented(**leg), epochs=3)
+        except Killed:
+            assert kill is not None
+    assert loop.state.step == 15
+    assert_same_bits(bits(expected), bits(loop))
+
+
+def test_rs3_fork_and_spawn(tmp_path: Path) -> None:
+    expected = make(None)
+    built_in(expected, loss_fn, augmented(), epochs=2)
+    workers = {"num_workers": 1, "persistent_workers": True}
+    killed(tmp_path, 3, augmented(**workers, multiprocessing_context="fork"))
+    killed(tmp_path, 4, augmented(**workers, multiprocessing_context="spawn"))
+    loop = make(tmp_path)
+    built_in(loop, loss_fn, augmented(**workers, multiprocessing_context="fork"), epochs=2)
+    assert_same_bits(bits(expected), bits(loop))
+
+
+class Stream(IterableDataset):
+    """48 samples, each worker's own part, with a position that can be saved; counts what is read."""
+
+    def __init__(self) -> None:
+        self.held, self.read, self.at = Samples(48), list[int](), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        first, step = (0, 1) if info is None else (info.id, info.num_workers)
+        mine = range(first, 48, step)
+        while self.at < len(mine):
+            i = mine[self.at]
+            self.at += 1
+            self.read.append(i)
+            yield self.held[i]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def stateful(workers: int = 0) -> tuple[Any, Stream]:
+    data = Stream()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return StatefulDataLoader(data, 8, num_workers=workers), data
+
+
+@pytest.mark.parametrize("shape", ["plain", "accumulated", "cut"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rs3_a_stateful_loader(workers: int, shape: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Resumed at steps inside an epoch, at its last and at the next's first: same bits, and only what is unused is read."""
+    shaping: Callable[[], list[Callback]] = {
+        "plain": list, "accumulated": lambda: [GradientAccumulation(2)], "cut": lambda: [DynamicBatchSize(6, 6)],
+    }[shape]  # fmt: skip
+    expected, log = make(None, *shaping()), Log()
+    with caplog.at_level(logging.WARNING, "hookloop"):
+        built_in(make(None, *shaping(), log), loss_fn, stateful(workers)[0], epochs=2)
+        built_in(expected, loss_fn, stateful(workers)[0], epochs=2)
+        per = expected.state.step // 2
+        for kill in range(2, expected.state.step + 1) if workers == 0 else (3, per + 1, per + 2):
+            folder = tmp_path / str(kill)
+            killed(folder, kill, stateful(workers)[0], *shaping())
+            assert list_checkpoints(folder)[-1].name.startswith(f"step-{kill - 1:08d}")
+            (train, data), loop = stateful(workers), make(folder, *shaping(), log2 := Log())
+            built_in(loop, loss_fn, train, epochs=2)
+            assert_same_bits(bits(expected), bits(loop))
+            assert log2.samples == {step: rows for step, rows in log.samples.items() if step >= kill - 1}
+            if workers == 0:
+                stand = kill - 1
+                used = {i for step in range(stand // per * per, stand) for i in log.samples[step]}
+                epoch = 48 if stand < per else 0  # the second is read in whole, if the run stands in the first
+                rest = len(data.read) - epoch
+                assert not used & set(data.read[: len(data.read) - epoch]), kill
+                assert rest <= 48 - len(used), kill
+    assert not [r for r in caplog.records if "read again" in r.message]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rs3_a_stateful_loader_entered_again(workers: int) -> None:
+    """In the same process: stopped at each step, an epoch's last too, and fitted on."""
+    expected = make(None)
+    built_in(expected, loss_fn, stateful(workers)[0], epochs=2)
+    per = expected.state.step // 2
+    for at in (1, per - 1, per, per + 1):
+        (train, data), loop = stateful(workers), make(None)
+        built_in(loop, loss_fn, train, steps=at)
+        assert loop.state.step == at
+        built_in(loop, loss_fn, train, epochs=2)
+        assert loop.state.step == 2 * per, at
+        assert_same_bits(bits(expected), bits(loop))
+        assert workers or len(data.read) == 96
+
+
+class Bare:
+    """An iterable of batches that can't be told where to go on."""
+
+    def __init__(self) -> None:
+        self.given: list[int] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(DataLoader(Samples(40), 8)):
+            self.given.append(number)
+            yield batch
+
+
+def test_rs3_a_plain_iterable_is_read_forward(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, train = make(None), Bare()
+    built_in(expected, loss_fn, Bare(), epochs=2)
+    killed(tmp_path, 9, Bare())
+    loop = make(tmp_path)
+    with caplog.at_level(logging.WARNING, "hookloop"):
+        built_in(loop, loss_fn, train, epochs=2)
+    assert_same_bits(bits(expected), bits(loop))
+    assert train.given == [0, 1, 2, 3, 4]
+    (record,) = (one for one in caplog.records if "fresh start" not in one.message)
+    # step 8 stands: three batches of the second epoch are used
+    assert record.message.startswith("Bare can't be told where to go on, so its first 3 batches are read again and left out")
+
+
+# RS4, RS5
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_rs4_a_sampler_that_draws_more_than_there_is(size: int, tmp_path: Path) -> None:
+    def drawn(size: int) -> DataLoader:
+        return DataLoader(Samples(20), size, sampler=WeightedRandomSampler(torch.ones(20), 90))
+
+    built_in(expected := make(None, DynamicBatchSize(6, 6)), loss_fn, drawn(8), epochs=2)
+    for kill in (3, 9, 14, 17):
+        killed(tmp_path / str(kill), kill, drawn(8), DynamicBatchSize(6, 6))
+        built_in(loop := make(tmp_path / str(kill), DynamicBatchSize(6, 6)), loss_fn, drawn(size), epochs=2)
+        assert_same_bits(bits(expected), bits(loop))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [1, 5, 8, 64])
+def test_rs4_another_loader_batch_beside_dynamic_batch_size(size: int, form: Any, tmp_path: Path) -> None:
+    """The update's size is the callback's, so the loader's own changes nothing."""
+    expected, shaping = make(None, DynamicBatchSize(6, 11)), lambda: DynamicBatchSize(6, 11)
+    form(expected, loss_fn, loader(), epochs=3)
+    for kill in (2, 4, 9, 10, 11):
+        folder = tmp_path / str(kill)
+        killed(folder, kill, loader(), shaping(), form=form, epochs=3)
+        loop = make(folder, shaping())
+        form(loop, loss_fn, loader(batch_size=size), epochs=3)
+        assert_same_bits(bits(expected), bits(loop))
+        assert (loop.state.step, loop.state.samples) == (expected.state.step, 150)
+
+
+SIZES: dict[str, tuple[Callable[[], list[Callback]], Callable[[], list[Callback]], int, int]] = {
+    "loader": (list, list, 8, 9),
+    "accumulation": (lambda: [GradientAccumulation(2)], lambda: [GradientAccumulation(3)], 16, 24),
+    "dynamic": (lambda: [DynamicBatchSize(6, 20, every=9)], lambda: [DynamicBatchSize(7, 20, every=9)], 6, 7),
+    "dynamic, accumulated": (
+        lambda: [DynamicBatchSize(5, 5), GradientAccumulation(2)], lambda: [DynamicBatchSize(5, 5), GradientAccumulation(1)], 10, 5,
+    ),
+    "a table": (lambda: [DynamicBatchSize(8, 20, every=Steps({0: 8}))], lambda: [DynamicBatchSize(8, 20, every=Steps({0: 10}))],
+                8, 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("kind", SIZES)
+def test_rs4_another_update_size_is_an_error(kind: str, at: int, form: Any, tmp_path: Path) -> None:
+    before, after, there, here = SIZES[kind]
+    killed(tmp_path, at, loader(96), *before(), form=form, noise=False)
+    kept = files(tmp_path)
+    train = loader(96, 9 if kind == "loader" else 8)
+    with pytest.raises(ValueError, match=rf"\b{here}\b.* here and \b{there}\b in the checkpoint's run") as error:
+        form(make(tmp_path, *after(), noise=False), loss_fn, train, epochs=2)
+    assert "strict=False" in str(error.value)
+    assert files(tmp_path) == kept
+    log = Log()
+    loop = make(tmp_path, *after(), log, noise=False, strict=False)
+    with pytest.warns(UserWarning, match=rf"\b{here}\b.* here and \b{there}\b in the checkpoint's run") as caught:
+        form(loop, loss_fn, train, epochs=2)
+    assert len(caught) == 1
+    # a loader's batch that the checkpoint's run had used in part gives what is left of it first
+    assert len(log.samples[at - 1]) == (here - 8 * (at - 1) % 9 if kind == "loader" else here)
+    assert len(log.samples[at]) == here
+    assert loop.state.samples == 192
+    assert len({i for step, rows in log.samples.items() for i in rows}) == 96
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs4_a_bigger_loader_batch_and_less_accumulation(form: Any, tmp_path: Path) -> None:
+    """8 samples x 2 is 16 x 1: the same samples in each update, and the same weights to rounding."""
+    kwargs: dict[str, Any] = {"noise": False, "dtype": torch.float64}
+
+    def data(size: int) -> DataLoader:
+        return loader(72, size, torch.float64)
+
+    log = Log()
+    expected = make(None, GradientAccumulation(2), log, **kwargs)
+    form(expected, loss_fn, data(8), epochs=2)
+    for kill in (2, 4, 5, 6, 7):
+        folder, mine = tmp_path / str(kill), Log()
+        killed(folder, kill, data(8), GradientAccumulation(2), form=form, **kwargs)
+        loop = make(folder, GradientAccumulation(1), mine, **kwargs)
+        form(loop, loss_fn, data(16), epochs=2)
+        assert mine.samples == {step: rows for step, rows in log.samples.items() if step >= kill - 1}
+        for name, value in bits(expected).items():
+            torch.testing.assert_close(bits(loop)[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [(4, 3), (2, 8), (8, 1)])
+def test_rs5_another_micro_batch(sizes: tuple[int, int], form: Any, tmp_path: Path) -> None:
+    log, mine, kwargs = Log(), Log(), {"noise": False, "dtype": torch.float64}
+    form(make(None, MicroBatch(sizes[0]), log, **kwargs), loss_fn, loader(dtype=torch.float64), epochs=2)
+    killed(tmp_path, 5, loader(dtype=torch.float64), MicroBatch(sizes[0]), form=form, **kwargs)
+    form(make(tmp_path, MicroBatch(sizes[1]), mine, **kwargs), loss_fn, loader(dtype=torch.float64), epochs=2)
+    assert mine.samples == {step: rows for step, rows in log.samples.items() if step >= 4}
+    assert mine.sizes[4] != log.sizes[4]
+    assert mine.losses == pytest.approx({step: loss for step, loss in log.losses.items() if step >= 4}, rel=1e-6)
+
+
+# RS7, RS8
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("count", "kill"), [(41, 3), (39, 3), (41, 8), (41, 6), (39, 6), (41, 7)])
+def test_rs7_another_length(count: int, kill: int, form: Any, tmp_path: Path) -> None:
+    killed(tmp_path, kill, loader(40), form=form, noise=False)
+    kept = files(tmp_path)
+    said = f"the data set holds {count} samples here and 40 in the checkpoint's run"
+    with pytest.raises(ValueError, match=f"{said}.*strict=False"):
+        form(make(tmp_path, noise=False), loss_fn, loader(count), epochs=2)
+    assert files(tmp_path) == kept
+    loop = make(tmp_path, noise=False, strict=False)
+    with pytest.warns(UserWarning, match=said) as caught:
+        form(loop, loss_fn, loader(count), epochs=2)
+    assert len(caught) == 1
+    assert loop.state.samples == (2 * count if kill == 3 else 40 + count)
+    assert loop.state.epoch == 2
+
+
+def test_rs7_another_sampler(tmp_path: Path) -> None:
+    def drawn(count: int) -> DataLoader:
+        return DataLoader(Samples(40), 8, sampler=WeightedRandomSampler(torch.ones(40), count))
+
+    killed(tmp_path, 3, drawn(64))
+    with pytest.raises(ValueError, match=r"the sampler gives 72 samples here and 64 in the checkpoint's run.*strict=False"):
+        built_in(make(tmp_path), loss_fn, drawn(72), epochs=2)
+
+
+SHARDS = (40, 34, 44)
+
+
+@pytest.mark.parametrize("kill", range(2, 17))
+def test_rs7_a_run_whose_epochs_differ(kill: int, tmp_path: Path) -> None:
+    """A loader for each epoch, as with shards: nothing is refused once two epochs have differed."""
+
+    def run(loop: Loop) -> Loop:
+        with contextlib.suppress(Killed), loop:
+            for epoch in loop.epochs(3):
+                for step in loop.steps(loader(SHARDS[epoch])):
+                    for micro in step:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+                loop.report({"x": 0.0})
+        return loop
+
+    run(make(tmp_path, kill=kill))
+    first_border = kill == 6  # an epoch of 5 updates stands: only here no other length has been seen yet
+    if first_border:
+        with pytest.raises(ValueError, match="the data set holds 34 samples here and 40"):
+            run(make(tmp_path))
+    else:
+        assert_same_bits(bits(run(make(None))), bits(run(make(tmp_path))))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs8_another_seed(form: Any, tmp_path: Path) -> None:
+    killed(tmp_path, 3, loader(40), form=form)
+    kept, loop = files(tmp_path), make(tmp_path, seed=6)
+    before = bits(loop)
+    with pytest.raises(ValueError, match=r"Seed\(5\).*Seed\(6\)|seed is 6 here and 5") as error:
+        form(loop, loss_fn, loader(40), epochs=2)
+    assert "strict=False" in str(error.value)
+    assert_same_bits(before, bits(loop))
+    assert (loop.state.step, loop.state.samples, loop.state.epoch) == (0, 0, 0)
+    assert files(tmp_path) == kept
+    fresh, log = Log(), Log()
+    form(make(None, fresh, seed=6), loss_fn, loader(40), epochs=2)
+    loop = make(tmp_path, log, seed=6, strict=False)
+    with pytest.warns(UserWarning, match=r"the seed is 6 here and 5 in the checkpoint") as caught:
+        form(loop, loss_fn, loader(40), epochs=2)
+    assert len(caught) == 1
+    assert loop.state.step == 10
+    assert {step: rows for step, rows in fresh.samples.items() if step >= 2} == log.samples  # the program's seed's order
+    assert loop.seed == 6
+
+
+# RS9, RS10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs9_a_finished_run(form: Any, tmp_path: Path) -> None:
+    """Nothing is changed, on the disk either; with more epochs it goes on as one long run does."""
+    expected, first = make(None, DynamicBatchSize(6, 11)), make(tmp_path, DynamicBatchSize(6, 11), every=None)
+    form(expected, loss_fn, loader(), loader(20), epochs=4)
+    form(first, loss_fn, loader(), loader(20), epochs=2)
+    kept, train = files(tmp_path), loader()
+    for _ in range(2):
+        again = make(tmp_path, DynamicBatchSize(6, 11), every=None)
+        form(again, loss_fn, train, loader(20), epochs=2)
+        assert_same_bits(bits(first), bits(again))
+        assert (again.state.step, again.state.epoch, again.state.samples) == (first.state.step, 2, 100)
+        assert again.state.metrics["val_loss"] == first.state.metrics["val_loss"]
+        assert not train.dataset.read
+        assert files(tmp_path) == kept
+    longer = make(tmp_path, DynamicBatchSize(6, 11), every=None)
+    form(longer, loss_fn, loader(), loader(20), epochs=4)
+    assert_same_bits(bits(expected), bits(longer))
+    assert (longer.state.step, longer.state.samples) == (expected.state.step, 200)
+    assert longer.state.metrics["val_loss"] == expected.state.metrics["val_loss"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs9_a_run_finished_by_steps(form: Any, tmp_path: Path) -> None:
+    expected, first = make(None), make(tmp_path, every=None)
+    form(expected, loss_fn, loader(), steps=12)
+    form(first, loss_fn, loader(), steps=5)
+    longer = make(tmp_path, every=None)
+    form(longer, loss_fn, loader(), steps=12)
+    assert_same_bits(bits(expected), bits(longer))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("there", ["absent", "deep", "empty"])
+def test_rs10_the_first_start(there: str, form: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / ("a/b/c" if there == "deep" else "a")
+    if there == "empty":
+        folder.mkdir()
+    expected, loop = make(None), make(folder)
+    form(expected, loss_fn, loader(), epochs=1)
+    with caplog.at_level(logging.INFO, "hookloop"):
+        form(loop, loss_fn, loader(), epochs=1)
+    assert [r.message for r in caplog.records] == [f"{folder} holds no checkpoint yet: a fresh start"]
+    assert_same_bits(bits(expected), bits(loop))
+    assert len(list_checkpoints(folder)) >= 7
+
+
+# RS11
+
+BUILDS: dict[str, Callable[[Any, Any], Any]] = {
+    "cosine": lambda optimizer, total: CosineAnnealingLR(optimizer, 14),
+    "steps": lambda optimizer, total: StepLR(optimizer, 3, 0.7),
+    "lambda": lambda optimizer, total: LambdaLR(optimizer, lambda step: 1 / (1 + step / 3)),
+    "one cycle": lambda optimizer, total: OneCycleLR(optimizer, 0.1, total_steps=15, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("function", [True, False])
+@pytest.mark.parametrize("kind", BUILDS)
+def test_rs11_schedulers(kind: str, function: bool, form: Any, tmp_path: Path) -> None:
+    """Built before the Loop on the optimizer, or by a function: the rates are the same step by step."""
+
+    def scheduled(folder: Path | None, kill: int | None, log: Log) -> Loop:
+        model = net(seed=5)
+        optimizer, save = adamw(model), [] if folder is None else [Checkpoint(folder, every=1)]
+        schedule = Schedule(BUILDS[kind] if function else BUILDS[kind](optimizer, None))
+        loop = Loop(model, optimizer, [Seed(5), schedule, *save, log, KillAt(kill)], resume=folder)
+        try:
+            form(loop, loss_fn, loader(), epochs=2)
+        except Killed:
+            assert kill is not None
+        return loop
+
+    log, mine = Log(), dict[int, list[float]]()
+    expected = scheduled(None, None, log)
+    assert len({rates[0] for rates in log.rates.values()}) >= 5
+    for kill in (2, 5, 7, 9, None):
+        loop = scheduled(tmp_path, kill, part := Log())
+        assert not {step: (rates, mine[step]) for step, rates in part.rates.items() if mine.setdefault(step, rates) != rates}
+    assert mine == log.rates
+    assert list(mine) == list(range(14))
+    assert_same_bits(bits(expected), bits(loop))
+
+
+def halved(step: int) -> float:
+    return 0.5**step
+
+
+CHANGED: dict[str, tuple[Any, Any]] = {
+    "lambda": (lambda o: LambdaLR(o, lambda step: 0.9**step), lambda o: LambdaLR(o, lambda step: 0.8**step)),
+    "closure": (lambda o: decayed(o, 10), lambda o: decayed(o, 20)),
+    "function": (lambda o: LambdaLR(o, halved), lambda o: LambdaLR(o, lambda step: 0.5 ** (2 * step))),
+    "multiplicative": (lambda o: MultiplicativeLR(o, lambda step: 0.9), lambda o: MultiplicativeLR(o, lambda step: 0.8)),
+    "inside another": (lambda o: after(o, 0.9), lambda o: after(o, 0.8)),
+    "defined to 9": (lambda o: LambdaLR(o, lambda step: [1.0] * 8 + [0.5] * 12 if step < 0 else ([1.0] * 20)[step]),
+                     lambda o: LambdaLR(o, lambda step: ([1.0] + [0.9] * 19)[step])),
+}  # fmt: skip
+
+
+def decayed(optimizer: Any, total: int) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 1 - step / (2 * total))
+
+
+def after(optimizer: Any, factor: float) -> SequentialLR:
+    parts = [StepLR(optimizer, 3), LambdaLR(optimizer, lambda step: factor**step)]
+    return SequentialLR(optimizer, parts, [3])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("function", [True, False])
+@pytest.mark.parametrize("kind", CHANGED)
+def test_rs11_a_changed_function_is_an_error(kind: str, function: bool, form: Any, tmp_path: Path) -> None:
+    """No function can be saved: the same goes on to the same bits, another is named with both values; nothing is written."""
+
+    def run(which: int, folder: Path | None, kill: int | None = None) -> Loop:
+        model = net(seed=5)
+        optimizer, save = adamw(model), [] if folder is None else [Checkpoint(folder, every=1)]
+        build = CHANGED[kind][which]
+        schedule = Schedule(lambda o, _: build(o)) if function else Schedule(build(optimizer))
+        loop = Loop(model, optimizer, [Seed(5), *save, schedule, KillAt(kill)], resume=folder)
+        form(loop, loss_fn, loader(), epochs=2)
+        return loop
+
+    with pytest.raises(Killed):
+        run(0, tmp_path, 5)
+    kept = files(tmp_path)
+    with pytest.raises(ValueError, match=r"lr_lambdas at 0, 1, 10, 100, 1000.*\[\[.*\(not \[\[.*a function can't be saved"):
+        run(1, tmp_path)
+    assert files(tmp_path) == kept
+    assert_same_bits(bits(run(0, None)), bits(run(0, tmp_path)))
+
+
+# RS12, RS13
+
+
+@pytest.mark.parametrize("made_by", [[str(torch.__version__), "cuda"], ["1.13.1", "cpu"], ["1.13.1", "mps"]])
+def test_rs12_rs13_another_device_or_version(made_by: list[str], tmp_path: Path) -> None:
+    """One warning that names both; here nothing else differs, so even the bits are the same."""
+    expected = make(None)
+    built_in(expected, loss_fn, loader(), epochs=2)
+    killed(tmp_path, 5, loader())
+    newest = list_checkpoints(tmp_path)[-1]
+    was = json.loads((newest / manifest.NAME).read_text())
+    assert [was["torch"], was["device"]] == [str(torch.__version__), "cpu"]
+    resign(newest, torch=made_by[0], device=made_by[1])
+    loop = make(tmp_path)
+    with pytest.warns(UserWarning, match="not to the same bits") as caught:
+        built_in(loop, loss_fn, loader(), epochs=2)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert f"made by torch {made_by[0]} on {made_by[1]}" in text
+    assert f"this is torch {torch.__version__} on cpu" in text
+    assert_same_bits(bits(expected), bits(loop))
+
+
+def test_rs12_other_generators(tmp_path: Path) -> None:
+    """A checkpoint of a device with a generator of its own: what there is here is restored."""
+    torch.manual_seed(1)
+    expected = make(None, seed=None)
+    built_in(expected, loss_fn, loader(), epochs=2)
+    torch.manual_seed(1)
+    killed(tmp_path, 5, loader(), seed=None)
+    newest = list_checkpoints(tmp_path)[-1]
+    content = torch.load(newest / "state.pt", weights_only=True)
+    content["rng"]["torch"].append(torch.zeros(16, dtype=torch.uint8))
+    torch.save(content, newest / "state.pt")
+    resign(newest, device="cuda")
+    loop = make(tmp_path, seed=None)
+    with pytest.warns(UserWarning, match="on cuda, and this is"):
+        built_in(loop, loss_fn, loader(), epochs=2)
+    assert_same_bits(bits(expected), bits(loop))
+
+
+# RS14
+
+
+def reported(loop: Loop, scores: list[float]) -> Loop:
+    """Two updates, then a score, for each of them."""
+    try:
+        with loop:
+            for epoch in loop.epochs(len(scores)):
+                for step in loop.steps(loader(16)):
+                    for micro in step:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+                if loop.state.reported_at != loop.state.step:
+                    loop.report({"score": scores[epoch]})
+    except Killed:
+        pass
+    return loop
+
+
+def test_rs14_patience_and_the_best_are_kept(tmp_path: Path) -> None:
+    """Resumed between any two reports: it stops where an undisturbed run does, and the best checkpoint is the same."""
+    scores = [5.0, 3.0, 4.0, 3.5, 2.0, 2.5, 2.4, 2.3, 1.0]
+
+    def build(folder: Path, kill: int | None = None) -> tuple[Loop, EarlyStopping, Checkpoint]:
+        model = net(seed=5)
+        early, save = EarlyStopping(Goal("score", patience=3), restore_best=True), Checkpoint(folder, 1, best=Goal("score"))
+        return Loop(model, adamw(model), [Seed(5), early, save, KillAt(kill)], resume=folder), early, save
+
+    whole, early, save = build(tmp_path / "whole")
+    reported(whole, scores)
+    assert whole.state.step == 16
+    assert save.best is not None
+    assert save.best.name.startswith("step-00000010")
+    for kill in range(2, 17):
+        reported(build(tmp_path / str(kill), kill)[0], scores)
+        found, mine, kept = build(tmp_path / str(kill))
+        reported(found, scores)
+        assert (found.state.step, found.state.stop_reason) == (16, whole.state.stop_reason)
+        assert mine.state_dict().keys() == early.state_dict().keys()
+        assert mine.tracker.state_dict() == early.tracker.state_dict()
+        assert_same_bits(bits(whole), bits(found))
+        assert kept.tracker is not None
+        assert save.tracker is not None
+        assert kept.tracker.state_dict() == save.tracker.state_dict()
+        assert kept.best is not None
+        assert kept.best.name == save.best.name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs14_time_and_curves_go_on(form: Any, tmp_path: Path) -> None:
+    """The seconds trained are those of all runs to their last save; each point of a curve is there once."""
+
+    def run(kill: int | None) -> tuple[float, float]:
+        loop, start = make(tmp_path, TensorBoard(tmp_path, every=1), kill=kill), time.monotonic()
+        with contextlib.suppress(Killed):
+            form(loop, loss_fn, loader(), epochs=2)
+        return time.monotonic() - start, loop.state.seconds
+
+    spent = 0.0
+    for kill in (4, 8, 12, None):
+        before = spent
+        took, seconds = run(kill)
+        newest = json.loads((list_checkpoints(tmp_path)[-1] / manifest.NAME).read_text())
+        spent = newest["seconds"]
+        assert before < spent <= seconds <= before + took
+    reader = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    reader.Reload()
+    points = reader.Scalars("speed/seconds")
+    assert [point.step for point in points] == list(range(1, 15))
+    assert all(a.value < b.value for a, b in itertools.pairwise(points))
+    again = make(tmp_path, TensorBoard(tmp_path))
+    with again:
+        assert again.state.seconds >= spent
+    stands = again.state.seconds
+    time.sleep(0.01)
+    assert again.state.seconds == stands
+
+
+def tight(model: nn.Module, batch: Any) -> Any:
+    """Memory for 3 samples in training and 5 in validation."""
+    if len(batch[0]) > (3 if model.training else 5):
+        raise torch.OutOfMemoryError("out of memory")
+    return loss_fn(model, batch)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs14_the_micro_batch_found_is_kept(form: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No size that ran out of memory is tried again, in training or validation."""
+    expected, log = make(None, MicroBatch("auto")), Log()
+    form(expected, tight, loader(40), loader(20), epochs=2)
+    with pytest.raises(Killed):
+        form(make(tmp_path, MicroBatch("auto"), kill=7), tight, loader(40), loader(20), epochs=2)
+    caplog.clear()
+    micro = MicroBatch("auto")
+    loop = make(tmp_path, micro, log)
+    with caplog.at_level(logging.WARNING, "hookloop"):
+        form(loop, tight, loader(40), loader(20), epochs=2)
+    assert not caplog.records
+    assert (micro.train, micro.evaluation) == (2, 4)
+    assert {max(sizes) for sizes in log.sizes.values()} == {2}
+    assert_same_bits(bits(expected), bits(loop))
