@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from .batch import leaves
 from .order import length
@@ -48,8 +48,8 @@ def _odd(dataset: Any, indices: list[Any]) -> str:
     with isolated(torch.device("cpu")):
         for i in itertools.takewhile(lambda _: time.monotonic() < end, indices):
             try:
-                kind = shape(dataset[i])
-            except Exception as error:
+                kind = shape(dataset.__getitems__([i])[0] if hasattr(dataset, "__getitems__") else dataset[i])
+            except (Exception, SystemExit) as error:
                 kind = f"{type(error).__name__}: {error}"
             found.setdefault(kind, []).append(i)
     if len(found) < 2:
@@ -65,6 +65,20 @@ def shape(sample: Any) -> str:
                      for path, x in leaves(sample)) or repr(sample)  # fmt: skip
 
 
+def shut_down(source: Iterator[Any]) -> None:
+    """End a loader's workers now: else whoever keeps an error keeps them too."""
+    getattr(source, "_shutdown_workers", bool)()
+
+
+def in_sequence(loader: Any, number: int) -> list[int] | None:
+    """Return the samples of a batch of a loader that goes through its data set in order; None for another."""
+    batched: Any = getattr(loader, "batch_sampler", None)
+    if type(getattr(batched, "sampler", None)) is not SequentialSampler or not (total := length(loader.dataset)):
+        return None
+    size = batched.batch_size
+    return list(range(number * size, min(total, (number + 1) * size)))
+
+
 def miscounted(loader: Any, gave: int) -> str | None:
     """Return what to say of a loader that gave another number of batches than its `len`."""
     said = length(loader)
@@ -76,7 +90,9 @@ def unsharded(loader: Any, first: Any, second: Any) -> str | None:
     if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1):
         return None
     a, b = ([x for _, x in leaves(batch) if isinstance(x, torch.Tensor)] for batch in (first, second))
-    if not a or len(a) != len(b) or not all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+    if not a or any(x.layout != torch.strided or x.is_nested for x in a) or [x.shape for x in a] != [x.shape for x in b]:
+        return None
+    if not all(map(torch.equal, a, b)):
         return None
     return (f"two of the {loader.num_workers} workers gave the same first batch, so every sample may come {loader.num_workers} "
             f"times: {type(loader.dataset).__name__}.__iter__ must give each worker its part, by "

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import RandomSampler, SequentialSampler
+from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
 from .chunk import Chunk, piece
-from .diagnose import STOPPED, explain, miscounted
+from .diagnose import STOPPED, explain, in_sequence, miscounted, shut_down
 from .goal import number
 from .mean import Mean
+from .order import apart
 from .outputs import checked, detached, single, weight_of
 from .rng import derive, isolated
 from .state import State, computed
@@ -37,7 +39,8 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
         raise ValueError("the training loader can't be evaluated on while its persistent workers serve training; give a loader "
                          "of its own over the same data")  # fmt: skip
     outer, state._logged, state._evaluating = state._logged, {}, True
-    with isolated(state.device, seed), torch.no_grad():
+    key = None if loop.seed is None else derive(loop.seed, "validation", state.step, state.rank)
+    with isolated(state.device, seed), apart(loader, key), torch.no_grad():
         try:
             model.eval()
             count = 0
@@ -69,11 +72,14 @@ def _read(loader: Any, state: State, may_leave: bool) -> Iterator[Any]:
     except Exception as error:
         if may_leave and state.leaving:
             return
-        explain(error, loader, source, f"batch {number} of an evaluation after step {state.step}", None)
+        explain(error, loader, source, f"batch {number} of an evaluation after step {state.step}", in_sequence(loader, number))
+        if not getattr(loader, "persistent_workers", False):
+            shut_down(source)
         raise
-    if text := miscounted(loader, number):
-        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        if number < len(loader) and type(sampler) in (RandomSampler, SequentialSampler):
+    counts = isinstance(source, _BaseDataLoaderIter) and not isinstance(loader.dataset, IterableDataset)
+    if counts and (text := miscounted(loader, number)):
+        sampler = getattr(loader.batch_sampler, "sampler", None)
+        if number < len(loader) and type(sampler).__module__ == Sampler.__module__:
             raise RuntimeError(f"{text} in an evaluation: {STOPPED}")
         warnings.warn(f"{text} in an evaluation", stacklevel=2)
 

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
 from .checks import refuse
 from .chunk import Chunk, fresh, own, piece
-from .diagnose import STOPPED, died, explain, miscounted, unsharded
+from .diagnose import STOPPED, died, explain, miscounted, shut_down, unsharded
 from .order import Order, length
 from .rng import derive, generators, isolated, mix, seed_streams
+from .shape import SAID, convertible, misfit, says_where, shape
 from .store import plain
 
 END = object()
-COUNTS = ("data set holds", "sampler gives")
 log = logging.getLogger("hookloop")
 
 
@@ -53,28 +54,26 @@ class Feed:
         self.detach()
         self.loader, self._shape = loader, {}
         self._stateful = False
-        if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-            self.order = Order(loader)
-            sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-            self._shape = {
-                "data set holds": length(loader.dataset),
-                "sampler gives": length(sampler),
-                "size": loader.batch_size,
-            }
-            if loader.num_workers and not getattr(loader, "in_order", True):
-                log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
-                            "resumed inside an epoch may repeat samples and miss others; leave in_order out")  # fmt: skip
-        elif not isinstance(loader, Iterator):
+        batched = isinstance(loader, DataLoader)
+        mapped = batched and not isinstance(loader.dataset, IterableDataset)
+        if mapped or (batched and loader.num_workers):
+            self.order = Order(loader, mapped)
+        if not mapped and not isinstance(loader, Iterator):
             self._stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+        if not isinstance(loader, Iterator):
+            self._shape = shape(loader)
+        if batched and loader.num_workers and not getattr(loader, "in_order", True):
+            log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
+                        "resumed inside an epoch may repeat samples and miss others; leave in_order out")  # fmt: skip
 
     def detach(self) -> None:
         """Let the loader go, with its workers; an iterator, which can't be begun again, is kept."""
-        if self.order is not None:
-            self.order.close()
         if self._stateful and self._opened is self.loader:
             self._kept = self.loader.state_dict(), self._ended
+        if self.order is not None:
+            self.order.close()
         if self.failed and not getattr(self.loader, "persistent_workers", False):
-            getattr(self._source, "_shutdown_workers", bool)()  # else whoever keeps the error keeps the workers too
+            shut_down(self._source)
         if not isinstance(self._opened, Iterator):
             self._source, self._ahead = iter(()), []
         self.loader, self.order, self.failed = None, None, False
@@ -86,12 +85,12 @@ class Feed:
         """
         promised, before, self._promised, self._latest = self._promised, self._latest, {}, self._shape
         inside = self.epoch == epoch
-        comparable = promised and self._shape and (inside or not self._varies)
-        if odd := next((name for name in COUNTS if comparable and promised[name] != self._shape[name]), None):
-            refuse(f"the {odd} {self._shape[odd]} samples here and {promised[odd]} in the checkpoint's run", self._strict)
-        self._varies |= not inside and any(before[name] != self._shape.get(name) for name in COUNTS if before)
-        if inside and promised and self._shape:
-            self._fit(promised["size"], self._shape["size"])
+        if promised and self._shape and (inside or not self._varies):
+            if odd := misfit(promised, self._shape, inside):
+                refuse(odd, self._strict)
+            elif inside and promised.get("size") != self._shape.get("size"):
+                self._fit(promised.get("size"), self._shape.get("size"))
+        self._varies |= not inside and bool(before) and misfit(before, self._shape, inside) is not None
         if not inside:
             self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
@@ -100,19 +99,17 @@ class Feed:
 
     def _fit(self, size: int | None, here: int | None) -> None:
         """Take a position in a loader of `size` samples a batch to one of another size."""
-        if size is None or here is None or type(self.loader.batch_sampler) is not BatchSampler:
-            if size != here:
-                refuse(f"the loader's batch size is {here} here and {size} in the checkpoint's run", self._strict)
-        elif size != here:
-            used = (self.read - (self.left is not None)) * size + self.offset
-            held = self._shape["sampler gives"]
-            (self.read, self.offset), self.left = divmod(used if held is None else min(used, held), here), None
+        if size is None or here is None or not convertible(self.loader, self._stateful):
+            refuse(SAID["size"].format(here) + f" here and {size} in the checkpoint's run", self._strict)
+            return
+        used, held = (self.read - (self.left is not None)) * size + self.offset, self._shape["drawn"]
+        (self.read, self.offset), self.left = divmod(used if held is None else min(used, held), here), None
 
     def _start(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         self._opened, self._ahead, offset, read = self.loader, [], self.offset, self.read
         self._streams, self._base = [], derive(seed, "read", epoch, rank)
         (kept, ended), self._kept, self._ended = self._kept or (None, False), None, False
-        goes_on = self._stateful and kept is not None and (ended or bool(read))
+        goes_on = self._stateful and says_where(kept) and (ended or bool(read))
         if goes_on:
             self.loader.load_state_dict(kept)
             if ended and read:
@@ -125,9 +122,12 @@ class Feed:
                 self._source = self._reading(self.order.iterate, seed, epoch, rank, read, seeds_samples)
             else:
                 self._source = self._reading(iter, self.loader)
-                self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
-        if self.order is None:
-            if seeds_samples and not isinstance(self.loader, list | tuple):  # it may draw here, for each batch
+                if not (goes_on and read):
+                    seed_streams(derive(seed, "first", epoch, rank), generators(device))
+                    self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
+        if self.order is None or not self.order.mapped:
+            may_draw_here = self.order is None and not isinstance(self.loader, list | tuple)
+            if seeds_samples and may_draw_here:
                 self._streams = generators(device)
             if not goes_on:
                 self._read_forward(read)
@@ -162,7 +162,9 @@ class Feed:
         drawn = self.order.drawn if self.order is not None else ()
         try:
             found = act(*given)
-            if found is END and drawn:  # a batch was drawn, and its reading ended the epoch
+            if (
+                found is END and drawn and isinstance(self._source, _BaseDataLoaderIter)
+            ):  # a batch was drawn: reading it ended all
                 raise RuntimeError(STOPPED)
             return found
         except Exception as error:
@@ -183,7 +185,7 @@ class Feed:
 
     def more(self) -> bool:
         """Tell whether a sample is left in this epoch; reads at most one loader batch ahead."""
-        if self.left is None and not self.again and (data := self._next()) is not END:
+        if self.left is None and not self.again and not self._ended and (data := self._next()) is not END:
             index = self.order.drawn.popleft() if self.order is not None and self.order.drawn else None
             known = isinstance(index, list | tuple) and getattr(self.loader, "in_order", True)
             self.left, self.read, self.offset = Chunk(data, list(index) if known else None), self.read + 1, 0  # type: ignore[arg-type]
@@ -255,7 +257,7 @@ class Feed:
         if isinstance(self.loader, Iterator):
             kind = type(self.loader).__name__
             return f"the loader is an iterator ({kind}) with nothing left; pass what can be iterated again"
-        if self.order is not None:
+        if self.order is not None and self.order.mapped:
             count, loader = length(self.loader.dataset), self.loader
             sizes = f"{count} samples, batch {loader.batch_size}, drop_last={loader.drop_last}"
             return f"the loader gives 0 batches: {sizes}; give it more data or a smaller batch"

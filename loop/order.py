@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,22 +15,14 @@ from . import batch as batches
 from .rng import derive, isolated, mix, seed_streams
 
 
-class SeededBatch(list[Any]):
-    """A batch of indices that seeds all generators of the worker that unpickles it, just before it reads the samples."""
+class Seeded:
+    """A batch of indices, or one, that seeds all generators of the worker that unpickles it, just before it reads."""
 
-    key: int
-
-    def __reduce__(self) -> Any:
-        return unpickle, (list(self), self.key)
-
-
-class SeededIndex(int):
-    """One index, where nothing is collated, that does the same."""
-
-    key: int
+    def __init__(self, drawn: Any, key: int) -> None:
+        self.drawn, self.key = drawn, key
 
     def __reduce__(self) -> Any:
-        return unpickle, (int(self), self.key)
+        return unpickle, (self.drawn, self.key)
 
 
 def unpickle(indices: Any, key: int) -> Any:
@@ -39,10 +32,13 @@ def unpickle(indices: Any, key: int) -> Any:
 
 
 class Order:
-    """Stands in for a DataLoader's (batch) sampler while it is iterated: the same indices, in our order."""
+    """Stands in for a DataLoader's (batch) sampler while it is iterated: the same indices, in our order.
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self.loader = loader
+    Where data are not `mapped` (an IterableDataset), what it gives only seeds.
+    """
+
+    def __init__(self, loader: DataLoader[Any], mapped: bool = True) -> None:
+        self.loader, self.mapped = loader, mapped
         self.slot = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self.inner: Any = getattr(loader, self.slot)
         self.drawn: deque[Any] = deque()
@@ -51,7 +47,7 @@ class Order:
 
     def iterate(self, seed: int, epoch: int, rank: int, skip: int, seeds_samples: bool) -> Iterator[Any]:
         """Iterate the loader in the order of (seed, epoch) from the `skip`-th batch on; its own sampler stays its own."""
-        loader, self.seed, self.skip = self.loader, derive(seed, "order", epoch), skip
+        loader, self.seed, self.skip = self.loader, derive(seed, "order", epoch), skip if self.mapped else 0
         self.base = derive(seed, "sample", epoch, rank) if seeds_samples else None
         self.drawn.clear()
         for owner in self._owners():
@@ -71,33 +67,53 @@ class Order:
             self.loader._iterator = None
 
     def _owners(self) -> list[Any]:
-        owners = (self.loader, self.inner, getattr(self.inner, "sampler", None), self.loader.sampler, self.loader.dataset)
-        return list({id(owner): owner for owner in owners}.values())
+        return owners(self.loader, self.inner) if self.mapped else []
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Any]:
         with isolated(torch.device("cpu"), self.seed):
-            for owner in self._owners():
-                if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-                    generator.manual_seed(self.seed)
+            for generator in own_generators(self._owners()):
+                generator.manual_seed(self.seed)
             iterator = iter(self.inner)
             first = list(itertools.islice(iterator, 1))
         for number, drawn in itertools.islice(enumerate(itertools.chain(first, iterator)), self.skip, None):
-            self.drawn.append(drawn)
+            if self.mapped:
+                self.drawn.append(drawn)
             yield drawn if self.base is None else self._seeded(drawn, mix(self.base, number))
 
     def _seeded(self, drawn: Any, key: int) -> Any:
         if self.loader.num_workers == 0:
             seed_streams(key, [torch.default_generator])  # the samples are read next, here
-        elif isinstance(drawn, list | tuple):
-            drawn = SeededBatch(drawn)
-            drawn.key = key
-        elif type(drawn) is int:
-            drawn = SeededIndex(drawn)
-            drawn.key = key
-        return drawn
+            return drawn
+        return Seeded(drawn, key)
+
+
+def owners(loader: Any, inner: Any) -> list[Any]:
+    """Return what of a loader, around this (batch) sampler, may have a generator or want to know the epoch."""
+    found = (loader, inner, getattr(inner, "sampler", None), getattr(loader, "sampler", None), getattr(loader, "dataset", None))
+    return list({id(owner): owner for owner in found}.values())
+
+
+def own_generators(owners: Iterable[Any]) -> list[torch.Generator]:
+    """Return the generators that a loader was given."""
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+@contextlib.contextmanager
+def apart(loader: Any, key: int | None) -> Iterator[None]:
+    """Seed a loader's own generators for a while, and put them back; None leaves them alone."""
+    found = [] if key is None else own_generators(owners(loader, getattr(loader, "batch_sampler", None)))
+    before = [generator.get_state() for generator in found]
+    try:
+        for generator in found:
+            generator.manual_seed(key or 0)
+        yield
+    finally:
+        for generator, state in zip(found, before, strict=True):
+            generator.set_state(state)
 
 
 def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
@@ -120,5 +136,5 @@ def length(x: Any) -> int | None:
     """Return len(x), None where there is none."""
     try:
         return len(x)
-    except (TypeError, NotImplementedError):
+    except Exception:  # whatever a data set says where it knows none
         return None

@@ -21,7 +21,8 @@ def update_samples(callbacks: Iterable[Callback], state: State) -> int | None:
                    epoch=state.epoch, batch_size=state.batch_size, accumulate=state.accumulate)  # fmt: skip
     for callback in shape:
         callback.on_step_start(shadow)
-    size = shadow.batch_size or getattr(state.loader, "batch_size", None)
+    batched = getattr(state.loader, "batch_sampler", None)
+    size = shadow.batch_size or getattr(state.loader, "batch_size", None) or getattr(batched, "batch_size", None)
     return None if size is None else size * shadow.accumulate
 
 

@@ -42,6 +42,7 @@ def capture(loop: Session) -> store.Contents:
         "metrics": {name: value for name, value in state.metrics.items() if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
         "seed": loop.seed,
+        "seeded": state.seed is not None,
         "update_samples": None if state.loader is None else update_samples(loop.callbacks, state),
     }, beside, {"device": state.device.type, "seconds": state.seconds})  # fmt: skip
 
@@ -72,7 +73,8 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if (state.scaler is None) != (saved["scaler"] is None):
         amiss.append(f"the checkpoint was made {'without' if state.scaler else 'with'} scaler=, which is not so here")
     if state.seed is not None and saved["seed"] not in (None, state.seed):
-        amiss.append(f"the seed is {state.seed} here and {saved['seed']} in the checkpoint")
+        there = saved["seed"] if saved.get("seeded", True) else "drawn, without a Seed,"
+        amiss.append(f"the seed is {state.seed} here and {there} in the checkpoint's run")
     _load_callbacks(mine, saved["callbacks"], amiss, strict)
     if amiss and strict:
         more = f"; and {len(amiss) - 20} more" if len(amiss) > 20 else ""

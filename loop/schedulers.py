@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from types import FunctionType
+import math
+import warnings
+from collections import Counter
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 POINTS = (0, 1, 10, 100, 1000)
+UNSAVED = (FunctionType, MethodType, BuiltinFunctionType, partial)  # torch leaves them out, or saves them empty
 
 
 def settings(scheduler: Any) -> dict[str, Any]:
-    """Return its single values, and of its functions, which can't be saved, what they give at a few points."""
+    """Return its single values, and as lists what can't be saved: what functions give at a few points, milestones."""
     single = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | str)}
     found: dict[str, Any] = {k: v for k, v in single.items() if k[0] != "_" and k != "last_epoch"}
     for name, value in vars(scheduler).items():
         held = value if isinstance(value, list | tuple) else [value]
-        if functions := [f for f in held if isinstance(f, FunctionType)]:
+        if isinstance(value, Counter):
+            found[name] = sorted(value.elements())
+        elif name == "_milestones":
+            found["milestones"] = str(value)
+        elif functions := [f for f in held if isinstance(f, UNSAVED)]:
             found[f"{name} at {', '.join(map(str, POINTS))}"] = [[_at(f, point) for point in POINTS] for f in functions]
     for i, inner in enumerate(getattr(scheduler, "_schedulers", ())):
         found |= {f"{name} of its scheduler {i}": value for name, value in settings(inner).items()}
     return found
 
 
-def _at(function: FunctionType, point: int) -> float | None:
+def _at(function: Any, point: int) -> float | None:
     try:
-        return float(function(point))
+        with warnings.catch_warnings(action="ignore"):
+            value = float(function(point))
+        return value if math.isfinite(value) else None
     except Exception:  # beyond its range, or no function of the step alone
         return None
 

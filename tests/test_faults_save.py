@@ -1116,6 +1116,7 @@ def test_ck4_real_disk_fills_up_and_is_cleared(background: bool, tmpfs: Path, tm
     expected, folder, seen = bits(train(small(None, ballast=BALLAST), 5)), tmpfs / "run", list[Any]()
 
     def act(state: State) -> None:
+        settled(state)  # what was begun behind the last update ends on the disk as it was then
         if state.epoch == 1:
             with open(tmpfs / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:

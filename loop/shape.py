@@ -1,0 +1,68 @@
+"""What of a loader a run relies on, so that a resume with another is refused instead of training something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from .order import length
+
+SAID = {
+    "data": "the data set holds {} samples",
+    "drawn": "the sampler gives {} samples",
+    "sampler": "the sampler is {}",
+    "batches": "the loader gives {} batches",
+    "workers": "the loader of an IterableDataset, which gives each worker its part, has {} workers",
+    "size": "the loader's batch size is {}",
+}
+INSIDE = ("workers", "size")  # no matter where an epoch begins anew
+
+
+def shape(loader: Any) -> dict[str, Any]:
+    """Return what is known of a loader, None where it says nothing or where it may change."""
+    if not isinstance(loader, DataLoader):
+        return {"batches": length(loader)}
+    batched, iterable = loader.batch_sampler, isinstance(loader.dataset, IterableDataset)
+    sampler = getattr(batched, "sampler", loader.sampler)
+    return {
+        "data": length(loader.dataset),
+        "drawn": None if iterable else length(sampler),
+        "sampler": None if iterable else f"{type(sampler).__module__.split('.')[0]}.{type(sampler).__qualname__}",
+        "batches": None if batched is None or standard(loader) else length(batched),
+        "workers": loader.num_workers if iterable else None,
+        "size": getattr(batched, "batch_size", None),
+    }
+
+
+def standard(loader: DataLoader[Any]) -> bool:
+    """Tell whether batches are what the sampler gives, cut in order."""
+    kind = type(loader.batch_sampler)
+    return issubclass(kind, BatchSampler) and kind.__module__.split(".")[0] in ("torch", "torchdata")
+
+
+def convertible(loader: Any, stateful: bool) -> bool:
+    """Tell whether another batch size leaves the order of samples as it is."""
+    if not isinstance(loader, DataLoader):
+        return False
+    return standard(loader) and not (isinstance(loader.dataset, IterableDataset) and (stateful or loader.num_workers > 1))
+
+
+def says_where(state: Any) -> bool:
+    """Tell whether a loader's own state says more than how many batches to read again (torchdata's, without the data set's)."""
+    return state is not None and (not (found := _of_data_sets(state)) or any(part is not None for part in found))
+
+
+def _of_data_sets(state: Any) -> list[Any]:
+    if not isinstance(state, dict):
+        return []
+    inner = [part for value in state.values() for part in _of_data_sets(value)]
+    return [state[key] for key in ("dataset_state", "dataset_iter_state") if key in state] + inner
+
+
+def misfit(there: dict[str, Any], here: dict[str, Any], inside: bool) -> str | None:
+    """Return the first thing, but for the batch size, in which two shapes differ, with both values."""
+    for name, text in SAID.items():
+        if name != "size" and (inside or name not in INSIDE) and there.get(name) != here.get(name):
+            return f"{text.format(here.get(name))} here and {there.get(name)} in the checkpoint's run"
+    return None
