@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
-from torch import nn
+from overhead import Nothing, loss_fn
 from torch.utils.data import DataLoader, Dataset
 
 from hookloop.callbacks import Seed
@@ -43,19 +43,6 @@ class Images(Dataset[Any]):
             image = image.flip(-1)
         across, down = (int(n) for n in np.random.randint(-4, 5, 2))
         return image.roll((down, across), (-2, -1)) + 0.1 * torch.randn(3, 1, 1)
-
-
-class Nothing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(()))
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.w * 1.0
-
-
-def loss_fn(model: nn.Module, batch: torch.Tensor) -> Any:
-    return model(batch)
 
 
 def hand_written(loader: DataLoader[Any]) -> None:

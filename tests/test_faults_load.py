@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
+from helpers import KillAt, Killed, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -42,21 +42,6 @@ from hookloop.loop import Callback, Goal, Loop, State, store
 from hookloop.loop.store import list_checkpoints, manifest
 
 Bits = dict[str, torch.Tensor]
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(Callback):
-    """Ends the run without a word at a step's end, before that step's save."""
-
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_step_end(self, state: State) -> None:
-        if state.step == self.step:
-            raise Killed
 
 
 def make(folder: Path | None, kill: int | None = None, extra: Any = (), seed: bool = True, **kwargs: Any) -> Loop:

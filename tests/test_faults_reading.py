@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from helpers import FORMS, KillAt, Killed, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
@@ -28,19 +28,6 @@ from hookloop.loop import Callback, Loop, State
 from hookloop.loop.store import list_checkpoints
 
 WORKERS = [0, 2]
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(Callback):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_step_end(self, state: State) -> None:
-        if state.step == self.step:
-            raise Killed
 
 
 def make(folder: Path | None = None, *extra: Callback, seed: int | None = 5, noise: bool = True) -> Loop:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from helpers import FORMS, KillAt, Killed, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (
@@ -57,21 +57,6 @@ from hookloop.loop import Callback, Goal, Loop, State
 from hookloop.loop.store import list_checkpoints, manifest
 
 Bits = dict[str, Tensor]
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(Callback):
-    """Ends the run without a word at a step's end, before that step's save."""
-
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_step_end(self, state: State) -> None:
-        if state.step == self.step:
-            raise Killed
 
 
 class Log(Callback):
