@@ -36,8 +36,7 @@ class Feed:
         self._source: Iterator[Any] = iter(())
         self._shape: dict[str, Any] = {}
         self._promised: dict[str, Any] = {}  # the shape of the checkpoint's run
-        self._latest: dict[str, Any] = {}  # that of the epoch begun last
-        self._varies = False  # epochs of this run differ in it
+        self.constant = False  # one loader is for all epochs; a program that brings its own to each may change it
         self.failed = False  # the error that is on its way came from reading
         self._ahead: list[Any] = []
         self._first: Any = None
@@ -76,21 +75,20 @@ class Feed:
             shut_down(self._source)
         if not isinstance(self._opened, Iterator):
             self._source, self._ahead = iter(()), []
-        self.loader, self.order, self.failed = None, None, False
+        self.loader, self.order, self.failed, self.constant = None, None, False, False
 
     def open(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         """Start the epoch's iteration at the kept position: skipped without reading, where the order is ours.
 
         Raises ValueError for data that a position inside the epoch does not fit.
         """
-        promised, before, self._promised, self._latest = self._promised, self._latest, {}, self._shape
+        promised, self._promised = self._promised, {}
         inside = self.epoch == epoch
-        if promised and self._shape and (inside or not self._varies):
+        if promised and self._shape and (inside or self.constant):
             if odd := misfit(promised, self._shape, inside):
                 refuse(odd, self._strict)
             elif inside and promised.get("size") != self._shape.get("size"):
                 self._fit(promised.get("size"), self._shape.get("size"))
-        self._varies |= not inside and bool(before) and misfit(before, self._shape, inside) is not None
         if not inside:
             self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
@@ -271,12 +269,11 @@ class Feed:
             read, kept = read - 1, None  # it is read again, and its used samples left out
         passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
         own_state = self.loader.state_dict() if self._stateful and self._opened is self.loader and not passed else None
-        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "varies": self._varies, "left": kept,
+        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept,
                 "loader": own_state, "ended": self._ended}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""
-        self.epoch, self.read, self.offset = state["epoch"], state["read"], state["offset"]
-        self._promised, self._varies = state["shape"], state["varies"]
+        self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
         self._kept = None if state["loader"] is None else (state["loader"], state["ended"])

@@ -61,6 +61,7 @@ class Loop(Session):
         with self:
             epochs_left = self.epochs(epochs, steps=steps)
             self._begin(train_loader)
+            self.feed.constant = True
             validate_if_due()  # a checkpoint falls between an update and its validation
             for _ in epochs_left:
                 for step in self.steps(train_loader):

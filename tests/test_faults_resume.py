@@ -584,6 +584,9 @@ def test_rs7_another_length(count: int, kill: int, form: Any, tmp_path: Path) ->
     killed(tmp_path, kill, loader(40), form=form, noise=False)
     kept = files(tmp_path)
     said = f"the data set holds {count} samples here and 40 in the checkpoint's run"
+    if form is not built_in and kill == 6:  # an epoch's end stands, and the next may bring a loader of its own
+        assert form(make(tmp_path, noise=False), loss_fn, loader(count), epochs=2).samples == 40 + count
+        return
     with pytest.raises(ValueError, match=f"{said}.*strict=False"):
         form(make(tmp_path, noise=False), loss_fn, loader(count), epochs=2)
     assert files(tmp_path) == kept
@@ -609,7 +612,7 @@ SHARDS = (40, 34, 44)
 
 @pytest.mark.parametrize("kill", range(2, 17))
 def test_rs7_a_run_whose_epochs_differ(kill: int, tmp_path: Path) -> None:
-    """A loader for each epoch, as with shards: nothing is refused once two epochs have differed."""
+    """A loader for each epoch, as with shards: only `fit` is told that one is for all of them."""
 
     def run(loop: Loop) -> Loop:
         with contextlib.suppress(Killed), loop:
@@ -623,12 +626,7 @@ def test_rs7_a_run_whose_epochs_differ(kill: int, tmp_path: Path) -> None:
         return loop
 
     run(make(tmp_path, kill=kill))
-    first_border = kill == 6  # an epoch of 5 updates stands: only here no other length has been seen yet
-    if first_border:
-        with pytest.raises(ValueError, match="the data set holds 34 samples here and 40"):
-            run(make(tmp_path))
-    else:
-        assert_same_bits(bits(run(make(None))), bits(run(make(tmp_path))))
+    assert_same_bits(bits(run(make(None))), bits(run(make(tmp_path))))
 
 
 @pytest.mark.parametrize("form", FORMS)
