@@ -4,7 +4,7 @@ Reading alone: a model that does nothing, samples of 3x32x32 that are flipped, s
 Python's, NumPy's and torch's global generators, and, as the worst case, samples that cost nothing. Each repetition runs
 a plain `for batch in loader` with a hand-written step and then ours, over the same data set, with 0 and with 2 workers.
 
-    python benchmarks/augmentation.py [--repetitions 9] [--samples 8192]
+    python benchmarks/augmentation.py [--repetitions 9] [--samples 4096]
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def timed(run: Any, loader: DataLoader[Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--samples", type=int, default=8192)
+    parser.add_argument("--samples", type=int, default=4096)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine()}; batches of 64, {arguments.repetitions} pairs after one to warm up\n")
