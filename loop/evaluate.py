@@ -80,6 +80,8 @@ def _read(loader: Any, state: State, may_leave: bool) -> Iterator[Any]:
     if counts and (text := miscounted(loader, number)):
         sampler = getattr(loader.batch_sampler, "sampler", None)
         if number < len(loader) and type(sampler).__module__ == Sampler.__module__:
+            if not loader.persistent_workers:
+                shut_down(source)
             raise RuntimeError(f"{text} in an evaluation: {STOPPED}")
         warnings.warn(f"{text} in an evaluation", stacklevel=2)
 

@@ -338,7 +338,7 @@ def test_dl15_workers_begin_while_other_threads_are_at_work(start: str, tmp_path
         try:
             seed, model = Seed(5), net(seed=5)
             loop = Loop(model, adamw(model), [seed, Checkpoint(tmp_path, every=1, background=True)])
-            epochs = 20 if start == "fork" else 2
+            epochs = 6 if start == "fork" else 1
             built_in(loop, loss_fn, loader(num_workers=2, multiprocessing_context=start), epochs=epochs)
         finally:
             done.set()
