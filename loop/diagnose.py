@@ -48,7 +48,7 @@ def _odd(dataset: Any, indices: list[Any]) -> str:
     with isolated(torch.device("cpu")):
         for i in itertools.takewhile(lambda _: time.monotonic() < end, indices):
             try:
-                kind = shape(dataset.__getitems__([i])[0] if hasattr(dataset, "__getitems__") else dataset[i])
+                kind = described(dataset.__getitems__([i])[0] if hasattr(dataset, "__getitems__") else dataset[i])
             except (Exception, SystemExit) as error:
                 kind = f"{type(error).__name__}: {error}"
             found.setdefault(kind, []).append(i)
@@ -59,7 +59,7 @@ def _odd(dataset: Any, indices: list[Any]) -> str:
                                       for kind, some in sorted(found.items(), key=lambda one: len(one[1])))  # fmt: skip
 
 
-def shape(sample: Any) -> str:
+def described(sample: Any) -> str:
     """Return the types and shapes in a sample as text."""
     return ", ".join(f"{path.removeprefix('batch')} {type(x).__name__}{tuple(x.shape) if hasattr(x, 'shape') else ''}".strip()
                      for path, x in leaves(sample)) or repr(sample)  # fmt: skip
@@ -72,10 +72,10 @@ def shut_down(source: Iterator[Any]) -> None:
 
 def in_sequence(loader: Any, number: int) -> list[int] | None:
     """Return the samples of a batch of a loader that goes through its data set in order; None for another."""
-    batched: Any = getattr(loader, "batch_sampler", None)
-    if type(getattr(batched, "sampler", None)) is not SequentialSampler or not (total := length(loader.dataset)):
+    batched = getattr(loader, "batch_sampler", None)
+    size, total = getattr(batched, "batch_size", None), length(getattr(loader, "dataset", None))
+    if type(getattr(batched, "sampler", None)) is not SequentialSampler or not (size and total):
         return None
-    size = batched.batch_size
     return list(range(number * size, min(total, (number + 1) * size)))
 
 

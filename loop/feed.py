@@ -160,9 +160,8 @@ class Feed:
         drawn = self.order.drawn if self.order is not None else ()
         try:
             found = act(*given)
-            if (
-                found is END and drawn and isinstance(self._source, _BaseDataLoaderIter)
-            ):  # a batch was drawn: reading it ended all
+            # torch's own iterator ends with nothing drawn: what is drawn was being read when it ended
+            if found is END and drawn and isinstance(self._source, _BaseDataLoaderIter):
                 raise RuntimeError(STOPPED)
             return found
         except Exception as error:
@@ -276,4 +275,4 @@ class Feed:
         """Take a position back; `open` goes there."""
         self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
-        self._kept = None if state["loader"] is None else (state["loader"], state["ended"])
+        self._kept = None if state.get("loader") is None else (state["loader"], state["ended"])

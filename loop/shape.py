@@ -63,6 +63,6 @@ def _of_data_sets(state: Any) -> list[Any]:
 def misfit(there: dict[str, Any], here: dict[str, Any], inside: bool) -> str | None:
     """Return the first thing, but for the batch size, in which two shapes differ, with both values."""
     for name, text in SAID.items():
-        if name != "size" and (inside or name not in INSIDE) and there.get(name) != here.get(name):
-            return f"{text.format(here.get(name))} here and {there.get(name)} in the checkpoint's run"
+        if name != "size" and (inside or name not in INSIDE) and name in there and there[name] != here.get(name):
+            return f"{text.format(here.get(name))} here and {there[name]} in the checkpoint's run"
     return None
