@@ -9,6 +9,7 @@ from .gradient_accumulation import GradientAccumulation
 from .metrics import Metrics
 from .micro_batch import MicroBatch
 from .noise_scale import NoiseScale
+from .non_finite import NonFinite
 from .preemption import Preemption
 from .progress import Progress
 from .schedule import Schedule
@@ -27,6 +28,7 @@ __all__ = [
     "Metrics",
     "MicroBatch",
     "NoiseScale",
+    "NonFinite",
     "Plateau",
     "Policy",
     "Preemption",

@@ -14,27 +14,28 @@ class HostCopy:
     def __init__(self) -> None:
         self.pending: deque[tuple[Any, dict[str, Any], list[torch.Event]]] = deque()
 
-    def put(self, about: Any, values: Mapping[str, Any]) -> None:
-        """Capture each number and real 0-d tensor in `values` as it is now, and leave out the rest; `about` is kept."""
+    def put(self, about: Any, values: Mapping[str, Any], most_dims: int = 0) -> None:
+        """Capture each number and real tensor of at most so many dimensions as it is now, and leave out the rest."""
         found, events = dict[str, Any](), list[torch.Event]()
         for name, value in values.items():
             if isinstance(value, Real):
                 found[name] = value
-            elif isinstance(value, torch.Tensor) and not value.dim() and not value.is_complex():
+            elif isinstance(value, torch.Tensor) and value.dim() <= most_dims and not value.is_complex():
                 pinned = value.device.type in ("cuda", "xpu")
-                host = torch.empty((), dtype=value.dtype, device="cpu", pin_memory=pinned)
+                host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
                 found[name] = host.copy_(value.detach(), non_blocking=pinned)
                 if pinned:
                     events.append(torch.Event(value.device.type))
                     events[-1].record(torch.accelerator.current_stream(value.device))
         self.pending.append((about, found, events))
 
-    def take(self, all: bool = False) -> list[tuple[Any, dict[str, float]]]:
-        """Return pairs (about, name -> float) of what has arrived; `all` waits for the rest."""
+    def take(self, all: bool = False) -> list[tuple[Any, dict[str, Any]]]:
+        """Return pairs (about, name -> float, or list) of what has arrived; `all` waits for the rest."""
         done = []
         while self.pending and (all or not [event for event in self.pending[0][2] if not event.query()]):
             about, found, events = self.pending.popleft()
             for event in events:
                 event.synchronize()
-            done.append((about, {k: float(v.tolist() if hasattr(v, "tolist") else v) for k, v in found.items()}))
+            plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in found.items()}
+            done.append((about, {k: v if isinstance(v, list) else float(v) for k, v in plain.items()}))
         return done

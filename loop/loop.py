@@ -138,8 +138,7 @@ class Loop(Session):
         if step is None or step.updated:
             raise RuntimeError("loop.update() without a step: it runs once in each `for step in loop.steps(loader)`")
         if not step.complete:
-            raise RuntimeError("loop.update() before every micro-batch went backward: `for micro in step: with micro: "
-                               "micro.backward(loss_fn)` must run to its end")  # fmt: skip
+            raise RuntimeError("loop.update() before every micro-batch went backward: `for micro in step` must run to its end")
         step.check_untouched()
         applied = self._gradients_final(bool(step.done))
         if applied:
@@ -149,6 +148,9 @@ class Loop(Session):
                     pass
             finally:
                 state.restore_rates(before)
+            applied = state.settle()
+        if not applied and state.keep_buffers and self.snapshot is not None:
+            self.snapshot.put_back_buffers()
         step.updated = True  # not before: a hook that raises leaves a step to be done again
         if state.scaler is not None and step.done:
             state.scaler.update()
@@ -181,6 +183,7 @@ class Loop(Session):
                 yield
             finally:
                 self.state.restore_rates(before)
+            applied = self.state.settle()
         else:
             self.state.optimizer.zero_grad(set_to_none=True)
             yield
@@ -221,8 +224,7 @@ class Loop(Session):
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""
         if not (self._entered and self._begun):
-            raise RuntimeError("loop.report before the first loop.steps or loop.updating, or outside `with loop:`: callbacks "
-                               "have not started; loop.evaluate may run at any time")  # fmt: skip
+            raise RuntimeError("loop.report before the first loop.steps or loop.updating; loop.evaluate may run at any time")
         if self.state.loader is not None and self.state.leaving:  # as in validate
             self._phase = "left"
             return

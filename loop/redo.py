@@ -37,17 +37,22 @@ class Snapshot:
             if x._version != version:
                 raise RuntimeError(f"the step can't be redone: {path} was changed in place by the forward; "
                                    "change a copy of it instead") from error  # fmt: skip
+        self.put_back_buffers()
         with torch.no_grad():
-            for owner, name, buffer, kept in self.buffers:
-                if buffer is not None and kept is not None:
-                    buffer.copy_(kept)
-                owner[name] = buffer
             for p, grad, copy in self.grads:
                 p.grad = grad
                 if grad is not None and copy is not None:
                     grad.copy_(copy)
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
+
+    @torch.no_grad()
+    def put_back_buffers(self) -> None:
+        """Undo what the step's forwards did to buffers."""
+        for owner, name, buffer, kept in self.buffers:
+            if buffer is not None and kept is not None:
+                buffer.copy_(kept)
+            owner[name] = buffer
 
 
 class BeforeUpdate:

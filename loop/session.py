@@ -141,7 +141,7 @@ class Session(Dispatch):
             self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
         if state.seed is not None:
             self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
-        if self.snapshot is None and self.hooks["on_exception"]:
+        if self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
             self.snapshot = Snapshot(state)
         self._run("on_fit_start")
 

@@ -64,6 +64,7 @@ class State:
     eval_micro_batch_size: int | None = None
     least_micros: int = 1  # micro-batches that the next update is cut into at least; back to 1 before each on_step_start
     keep_before_update: bool = False  # weights, gradients and optimizer state, so that an update can be repeated
+    keep_buffers: bool = False  # from a step's start, so that an update that is skipped leaves none changed
     runner: Any = field(default_factory=Eager)
     # outcome
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class State:
         self._grad_norm: Tensor | None = None
         self._grads_open = True
         self._skip: str | None = None
+        self._doubt: Callable[[], str | None] | None = None
         self._saves: list[str] = []
         self._logged: dict[str, Any] = {}
         self._evaluating = False
@@ -128,6 +130,27 @@ class State:
     def skip(self, reason: str) -> None:
         """Leave this update out: no optimizer step, no count; `reason` stands in `state.skip_reason`."""
         self._skip = reason
+
+    def skip_where(self, bad: Tensor, reason: Callable[[], str | None]) -> None:
+        """Leave this update out where `bad`, a 0-d bool on the device, holds; `reason()` reads it: why, None where it doesn't.
+
+        A fused optimizer leaves it out on the device, and `reason` is asked once its work is queued; for any other it is
+        asked at once.
+        """
+        if self.scaler is None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+            self._doubt = reason
+        elif (why := reason()) is not None:
+            self.skip(why)
+
+    def settle(self) -> bool:
+        """Return whether the update that was just queued was applied."""
+        doubt, self._doubt = self._doubt, None
+        if doubt is None:
+            return True
+        del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.skip_reason = doubt()
+        return self.skip_reason is None
 
     def save(self, reason: str) -> None:
         """Have a checkpoint written at the next point where one is whole, once every callback's hook has run."""
@@ -182,6 +205,9 @@ class State:
 
     def drop_factors(self) -> None:
         """Forget what callbacks asked for in an update that is skipped."""
+        self._doubt = None
+        for name in ("grad_scale", "found_inf"):
+            vars(self.optimizer).pop(name, None)
         self._rate_factors, self._grad_factors, self._grads_open, self._skip = [], [], False, None
 
     def apply_gradient_factors(self) -> None:
