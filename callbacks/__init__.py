@@ -5,6 +5,7 @@ from .checkpoint import Checkpoint
 from .clip_gradients import ClipGradients
 from .dynamic_batch_size import DynamicBatchSize
 from .early_stopping import EarlyStopping
+from .fingerprint import Fingerprint
 from .gradient_accumulation import GradientAccumulation
 from .metrics import Metrics
 from .micro_batch import MicroBatch
@@ -24,6 +25,7 @@ __all__ = [
     "DynamicBatchSize",
     "EarlyStopping",
     "Epochs",
+    "Fingerprint",
     "GradientAccumulation",
     "Metrics",
     "MicroBatch",

@@ -1,0 +1,86 @@
+"""Digests of tensors, computed where they lie: integer sums, so the same bits give the same digest in whatever order they run."""
+
+from __future__ import annotations
+
+import random
+import sys
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import leaves
+from .rng import generators
+
+CHUNK = 2**20  # elements at a time: eight bytes for each are held meanwhile
+ODD = -7046029254386353131  # 2**64 / golden ratio, as a signed integer
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # halves: an odd factor moves a top bit nowhere
+_factors: dict[torch.device, Tensor] = {}
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Return int64 numbers, each of whose bits hangs on every bit of theirs."""
+    x = (x ^ (x >> 31)) * ODD
+    return x ^ (x >> 29)
+
+
+def factors(device: torch.device) -> Tensor:
+    """Return odd numbers that look random, one for each place in a chunk."""
+    if device not in _factors:
+        _factors[device] = mixed(mixed(torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device))) | 1
+    return _factors[device]
+
+
+def rows(x: Tensor, count: int) -> Tensor:
+    """Return one int64 for each of `count` equal parts of a tensor, from all of its bits."""
+    x = x.detach()
+    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    flat = x.contiguous().reshape(count, -1)
+    words = flat if flat.dtype == torch.bool else flat.view(WORDS[flat.element_size()])
+    found = torch.zeros(count, dtype=torch.int64, device=x.device)
+    for part in words.split(max(1, CHUNK // count), dim=1):
+        found = mixed(found) + (part.to(torch.int64) * factors(x.device)[: part.shape[1]]).sum(1)
+    return found
+
+
+def whole(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return one int64 from all the bits of some tensors, in their order."""
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    for x in tensors:
+        x = x.to_sparse_coo().coalesce() if x.layout not in (torch.strided, torch.sparse_coo) else x
+        parts = [x.coalesce().indices(), x.coalesce().values()] if x.is_sparse else [x]
+        for part in parts:
+            if part.numel():
+                found = mixed(found) + rows(part, 1)[0].to(device)
+    return found
+
+
+def of_batch(batch: Any, size: int, start: int, device: torch.device) -> Tensor:
+    """Return one int64 from the samples of a batch that stand at `start` and after: sums over cuts are that of the whole."""
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    for number, (_, x) in enumerate(leaves(batch)):
+        if isinstance(x, Tensor) and x.numel() and not x.is_sparse and not x.is_nested:
+            parts = size if x.dim() and x.shape[0] == size else 1
+            places = torch.arange(start, start + parts, dtype=torch.int64, device=x.device) * 2 + 1
+            found = found + (mixed(rows(x, parts) + number) * places).sum().to(device)
+        elif not isinstance(x, Tensor):
+            found = found + zlib.crc32(repr(x).encode()) * (number + 1)
+    return found
+
+
+def of_generators(device: torch.device) -> int:
+    """Return a digest of the state of every global generator."""
+    found = zlib.crc32(repr(random.getstate()).encode())
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        found = zlib.crc32(repr((kind, rest)).encode(), zlib.crc32(keys.tobytes(), found))
+    for generator in generators(device):
+        found = zlib.crc32(generator.get_state().numpy().tobytes(), found)
+    return found
+
+
+def short(x: Tensor) -> Tensor:
+    """Return 24 bits of a digest as a float32, which holds each of them exactly, as TensorBoard's files do."""
+    return (mixed(mixed(x)) & 0xFFFFFF).float()

@@ -1,0 +1,145 @@
+"""The same training over several seeds: how far a metric spreads, and whether two settings differ by more than chance."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..goal import number
+from ..state import State
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A metric's value for each seed, of one setting."""
+
+    name: str
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        """The standard deviation over seeds, with n - 1."""
+        return statistics.stdev(self.values)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the confidence interval of the mean, by Student's t."""
+        if not self.std:
+            return self.mean, self.mean
+        low, high = stats().ttest_1samp(self.values, 0.0).confidence_interval(level)
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two settings' means are apart (`b` less `a`), and whether that is more than chance (Welch 1947)."""
+
+    a: Sample
+    b: Sample
+
+    @property
+    def value(self) -> float:
+        """The difference of the means."""
+        return self.b.mean - self.a.mean
+
+    @property
+    def p(self) -> float:
+        """The chance of a difference at least this large, either way, where there is none."""
+        if not (self.a.std or self.b.std):
+            return float(self.value == 0)
+        return float(self._welch().pvalue)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Return the confidence interval of the difference."""
+        if not (self.a.std or self.b.std):
+            return self.value, self.value
+        low, high = self._welch().confidence_interval(level)
+        return float(low), float(high)
+
+    def _welch(self) -> Any:
+        return stats().ttest_ind(self.b.values, self.a.values, equal_var=False)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """One Sample a setting; printed as a Markdown table, each setting after the first with its difference from the first."""
+
+    metric: str
+    samples: tuple[Sample, ...]
+
+    def __getitem__(self, name: str) -> Sample:
+        return next(sample for sample in self.samples if sample.name == name)
+
+    def difference(self, a: str, b: str) -> Difference:
+        """Return how far `b` is above `a`."""
+        return Difference(self[a], self[b])
+
+    def __str__(self) -> str:
+        heads = (
+            self.metric,
+            "seeds",
+            "mean",
+            "standard deviation",
+            "95% interval",
+            "difference",
+            "its 95% interval",
+            "p (Welch)",
+        )
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for sample in self.samples:
+            low, high = sample.interval()
+            cells = [sample.name, str(len(sample.seeds)), f"{sample.mean:.6g}", f"{sample.std:.3g}", f"{low:.6g} .. {high:.6g}"]
+            if sample is not self.samples[0]:
+                apart = Difference(self.samples[0], sample)
+                low, high = apart.interval()
+                cells += [f"{apart.value:+.3g}", f"{low:+.3g} .. {high:+.3g}", f"{apart.p:.2g}"]
+            lines.append(f"| {' | '.join(cells + [''] * (8 - len(cells)))} |")
+        return "\n".join(lines)
+
+
+def repeat(run: Callable[[int], Any] | Mapping[str, Callable[[int], Any]], seeds: int | Iterable[int] = 5,
+           metric: str = "val_loss") -> Repeats:  # fmt: skip
+    """Train with `run(seed)` once for each seed and return how `metric` spreads; for a mapping of settings, each so.
+
+    `run` builds all anew (`Seed(seed)` first) and returns what `fit` does, the state; or a mapping of metrics, or the number
+    itself. `seeds`: how many, counted from 0, or which. Five seeds find differences of about two standard deviations and
+    more. Raises ValueError for fewer than two seeds, or a metric that is not there or not finite.
+    """
+    stats()  # before hours of training
+    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if odd := [seed for seed in chosen if isinstance(seed, bool) or not isinstance(seed, int)]:
+        raise ValueError(f"seeds must be whole numbers, not {odd[0]!r}")
+    if len(set(chosen)) < 2 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds must be at least two different ones, not {seeds!r}")
+    settings = run if isinstance(run, Mapping) else {getattr(run, "__name__", "run"): run}
+    return Repeats(metric, tuple(Sample(name, chosen, tuple(value(one(seed), metric, name, seed) for seed in chosen))
+                                 for name, one in settings.items()))  # fmt: skip
+
+
+def value(found: Any, metric: str, name: str, seed: int) -> float:
+    """Return the metric that a run ended with."""
+    metrics = found.metrics if isinstance(found, State) else found
+    if isinstance(metrics, Mapping):
+        if metric not in metrics:
+            raise ValueError(f"metric={metric!r} is not among what {name} gave with seed {seed}: {sorted(metrics)}")
+        metrics = metrics[metric]
+    if not math.isfinite(it := number(metric, metrics)):
+        raise ValueError(f"{metric} is {it} in {name} with seed {seed}: a spread of it means nothing")
+    return it
+
+
+def stats() -> Any:
+    """Return scipy's tests."""
+    try:
+        import scipy.stats
+    except ImportError:
+        raise ImportError("repeat needs scipy: pip install 'hookloop[study]'") from None
+    return scipy.stats

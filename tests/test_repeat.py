@@ -1,0 +1,132 @@
+"""The same training over several seeds: spread, intervals and Welch's test against scipy and against chance itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from helpers import adamw, built_in, loader, loss_fn, net
+
+from hookloop.callbacks import Seed
+from hookloop.loop import Loop, State
+from hookloop.loop.study import repeat
+
+ROOT = Path(__file__).parents[1]
+
+
+def small(seed: int, lr: float = 1e-2) -> State:
+    first = Seed(seed)
+    model = net(seed=seed)
+    return built_in(Loop(model, adamw(model, lr), [first]), loss_fn, loader(), loader(20, 8), epochs=1)
+
+
+def test_values_are_those_of_the_runs() -> None:
+    found = repeat(small, seeds=3)
+    [sample] = found.samples
+    assert (sample.name, sample.seeds) == ("small", (0, 1, 2))
+    assert list(sample.values) == [small(seed).metrics["val_loss"] for seed in range(3)]
+    assert len(set(sample.values)) == 3
+    assert sample.mean == pytest.approx(np.mean(sample.values))
+    assert sample.std == pytest.approx(np.std(sample.values, ddof=1))
+    half = scipy.stats.t.ppf(0.975, 2) * sample.std / 3**0.5
+    assert sample.interval() == pytest.approx((sample.mean - half, sample.mean + half))
+
+
+def test_two_settings_against_the_formula() -> None:
+    """Welch 1947: t of the difference over its error, and degrees of freedom from the two spreads."""
+    given = {"a": [0.91, 0.93, 0.92, 0.95, 0.9], "b": [0.94, 0.95, 0.99, 0.96, 0.93]}
+    found = repeat({name: values.__getitem__ for name, values in given.items()}, metric="accuracy")
+    a, b = (np.array(given[name]) for name in "ab")
+    va, vb = a.var(ddof=1) / 5, b.var(ddof=1) / 5
+    freedom = (va + vb) ** 2 / (va**2 / 4 + vb**2 / 4)
+    apart, error = b.mean() - a.mean(), (va + vb) ** 0.5
+    difference = found.difference("a", "b")
+    assert difference.value == pytest.approx(apart)
+    assert difference.p == pytest.approx(2 * scipy.stats.t.sf(apart / error, freedom))
+    half = scipy.stats.t.ppf(0.975, freedom) * error
+    assert difference.interval() == pytest.approx((apart - half, apart + half))
+    assert found.difference("b", "a").p == pytest.approx(difference.p)
+    table = str(found).splitlines()
+    assert table[0].startswith("| accuracy | seeds | mean | standard deviation | 95% interval | difference | ")
+    assert table[2].startswith("| a | 5 | 0.922 | 0.0192 | ")
+    assert f"| {apart:+.3g} | " in table[3]
+    assert table[3].endswith(f"| {difference.p:.2g} |")
+    assert len({line.count("|") for line in table}) == 1
+
+
+def test_chance_is_called_chance() -> None:
+    """Of 400 pairs of settings that are the same, about one in twenty is called different at p < 0.05; 1 sigma of that is 1.1%."""
+    draws = np.random.default_rng(0).normal(size=(400, 2, 5))
+    called = [repeat({"a": a.__getitem__, "b": b.__getitem__}).difference("a", "b").p < 0.05 for a, b in draws]
+    assert 0.01 <= np.mean(called) <= 0.085
+    apart = [repeat({"a": a.__getitem__, "b": (b + 3).__getitem__}).difference("a", "b").p < 0.05 for a, b in draws]
+    assert np.mean(apart) > 0.95
+
+
+def test_without_any_spread() -> None:
+    found = repeat({"a": lambda seed: 1.0, "b": lambda seed: 1.0, "c": lambda seed: 2.0})
+    assert (found.difference("a", "b").p, found.difference("a", "c").p) == (1.0, 0.0)
+    assert found["a"].interval() == (1.0, 1.0)
+    assert found.difference("a", "c").interval() == (1.0, 1.0)
+    assert "nan" not in str(found)
+
+
+@pytest.mark.parametrize(("what", "says"), [
+    ({"seeds": 1}, "seeds must be at least two different ones, not 1"), ({"seeds": True}, "seeds must be at least two"),
+    ({"seeds": [3, 3]}, "seeds must be at least two different ones"), ({"seeds": []}, "seeds must be at least two"),
+    ({"seeds": "ab"}, "seeds must be whole numbers"), ({"metric": "none"}, r"metric='none' is not among what small gave"),
+])  # fmt: skip
+def test_bad_arguments(what: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        repeat(small, **what)
+
+
+def test_what_is_not_finite_has_no_spread() -> None:
+    with pytest.raises(ValueError, match=r"val_loss is nan in it with seed 1: a spread of it means nothing"):
+        repeat({"it": lambda seed: float("nan") if seed else 1.0})
+
+
+@pytest.mark.parametrize("given", [0.5, torch.tensor(0.5), np.float32(0.5), {"val_loss": 0.5, "x": 1}])
+def test_what_a_run_may_return(given: Any) -> None:
+    assert repeat(lambda seed: given, seeds=(4, 9)).samples[0].values == (0.5, 0.5)
+
+
+def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any training."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"pip install 'hookloop\[study\]'"):
+        repeat(lambda seed: pytest.fail("trained"))
+
+
+@pytest.mark.slow
+def test_digits_with_five_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example's net, with and without dropout, three epochs each."""
+    spec = importlib.util.spec_from_file_location("digits_repeated", ROOT / "examples" / "digits.py")
+    assert spec is not None
+    assert spec.loader is not None
+    digits = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(digits)
+
+    def at(lr: float) -> Any:
+        def run(seed: int) -> State:
+            first = Seed(seed)
+            model = digits.build()
+            train, val = digits.data()
+            return Loop(model, torch.optim.AdamW(model.parameters(), lr), [first]).fit(digits.loss_fn, train, val, epochs=2)
+
+        return run
+
+    found = repeat({"lr 3e-3": at(3e-3), "lr 3e-3 again": at(3e-3), "lr 3e-5": at(3e-5)}, seeds=5)
+    with capsys.disabled():
+        print(f"\n{found}")
+    assert found["lr 3e-3"].values == found["lr 3e-3 again"].values
+    assert found["lr 3e-3"].std > 0
+    assert found.difference("lr 3e-3", "lr 3e-3 again").p == 1.0
+    assert found.difference("lr 3e-3", "lr 3e-5").p < 1e-3
