@@ -18,6 +18,7 @@ class Fingerprint(Callback):
     the generators after its forwards, and of its gradients; 24 bits of each, under `fingerprint/...`, which TensorBoard
     writes where its own `every` meets this one. Computed on the device in integers, without a wait: a pass over all of these
     at that interval. `python -m hookloop.loop compare RUN_A RUN_B` reads them.
+    Raises ValueError for a bad `every`.
     """
 
     optional = ("on_step_start", "on_micro_end")
