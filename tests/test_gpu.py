@@ -15,8 +15,10 @@ from hookloop.callbacks import (
     Checkpoint,
     ClipGradients,
     DynamicBatchSize,
+    Fingerprint,
     GradientAccumulation,
     MicroBatch,
+    NonFinite,
     Seed,
     TensorBoard,
     Warmup,
@@ -148,3 +150,45 @@ def test_a_run_on_a_gpu_resumes_to_the_same_bits(background: bool, tmp_path: Pat
                     background=background)], resume=tmp_path)  # fmt: skip
         built_in(loop, loss_fn, loader(50, 8), loader(20), **({"epochs": 3} if steps is None else {"steps": steps}))
     assert_same_bits(bits(whole), bits(loop))
+
+
+@pytest.mark.parametrize("watcher", [lambda: NonFinite(), lambda: Fingerprint(1)], ids=["NonFinite", "Fingerprint"])
+def test_a_verdict_and_a_digest_wait_for_nothing(watcher: Any) -> None:
+    seed, model = Seed(5), net(seed=5).cuda()
+    loop = Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [seed, watcher()])
+    with loop:
+        for _ in loop.epochs(1):
+            for step in loop.steps(loader(96, 8, pin_memory=True)):
+                watched = loop.state.step > 2
+                torch.cuda.set_sync_debug_mode("error" if watched else "default")
+                try:
+                    for micro in step:
+                        with micro:
+                            micro.backward(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
+                    loop.update()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
+def test_st2_what_is_not_finite_on_a_device(action: str, fused: bool) -> None:
+    """As on the CPU, but that "stop" may raise one update later."""
+    tries = 0
+
+    def odd(model: Any, batch: Any) -> Any:
+        nonlocal tries
+        found = loss_fn(model, batch)
+        tries += model.training
+        return {**found, "loss": found["loss"] * (float("nan") if tries == 6 and model.training else 1.0)}
+
+    seed, model = Seed(5), net(seed=5).cuda()
+    loop = Loop(model, torch.optim.AdamW(model.parameters(), fused=fused), [seed, NonFinite(action, every=2)])
+    if action == "stop":
+        with pytest.raises(FloatingPointError, match=r"not finite in update 6: the loss, the gradient of 0\.weight"):
+            built_in(loop, odd, loader(), epochs=2)
+        assert loop.state.step in (5, 6, 7)
+        return
+    built_in(loop, odd, loader(), epochs=2)
+    assert (loop.state.step, loop.state.skipped) == (13, 1)
+    assert all(value.isfinite().all() for value in bits(loop).values())
