@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..loop.callback import Callback
 from ..loop.checks import among, whole
-from ..loop.finite import finite, names, watched
+from ..loop.finite import finite, infinite, names, watched
 from ..loop.host import HostCopy
 from ..loop.kept import keep, put_back
 from ..loop.state import State
@@ -41,6 +41,7 @@ class NonFinite(Callback):
         self._loss: Tensor | None = None
         self._host = HostCopy()
         self._kept: dict[str, Any] | None = None
+        self._meant: set[str] | None = None
         self._state: State | None = None
 
     def on_setup(self, state: State) -> None:
@@ -48,16 +49,17 @@ class NonFinite(Callback):
         state.keep_buffers |= self.action == "skip"
 
     def on_fit_start(self, state: State) -> None:
-        """Keep what to go back to."""
+        """See which buffers hold an infinity by design, and keep what to go back to."""
         self._state = state
+        self._meant = infinite(state) if self._meant is None else self._meant
         if self.action == "rollback" and self._kept is None:
-            self._kept = keep(state)
+            self._kept = keep(state, self._meant)
 
     def on_micro_end(self, state: State) -> None:
-        """Add the loss up: what is not finite stays so."""
+        """Add up no losses, which may overflow, but 0 of each: what is not finite stays so."""
         if state.micro is not None and state.micro.training:
             loss = state.micro.outputs["loss"]
-            self._loss = loss if state.micro.number == 0 or self._loss is None else self._loss + loss
+            self._loss = loss if state.micro.number == 0 or self._loss is None else self._loss + loss * 0
 
     def on_before_optimizer_step(self, state: State) -> None:
         """Reach the verdict on this update."""
@@ -65,24 +67,25 @@ class NonFinite(Callback):
             state.scale_rate(self.scale)
         self._read(state)  # of the update before: its work is done, while this one's is queued
         loss, self._loss = self._loss, None
-        if not (found := watched(state, loss)):
+        if not (found := watched(state, loss, self._meant or ())):
             return
-        good = finite(found)
-        self._host.put((state.step, loss is not None), {"good": good}, most_dims=1)
+        good = finite(tensor for _, tensor in found)
+        self._host.put((state.step, [owner for owner, _ in found]), {"good": good}, most_dims=1)
         if self.action == "stop":
             self._read(state, all=False)
         else:
             state.skip_where(good.logical_not().any(), lambda: self._read(state))
 
     def _read(self, state: State, all: bool = True) -> str | None:
-        for (step, with_loss), found in self._host.take(all):
+        for (step, owners), found in self._host.take(all):
             flags: Any = found["good"]
             if False not in flags:
                 self.row = 0
                 continue
             self.row += 1
-            bad = [name for name, good in zip(names(state, with_loss), flags, strict=False) if not good]
-            bad += [f"{name} itself" for name, p in state.model.named_parameters() if not p.isfinite().all()]
+            bad = [name for name, good in zip(names(state, owners), flags, strict=True) if not good]
+            spoilt = [f"{name} itself" for name, p in state.model.named_parameters() if not p.isfinite().all()]
+            bad = spoilt + bad if state.step == step else bad + spoilt  # the cause, where this update didn't make it
             text = f"not finite in update {step + 1}: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
             if self.action == "stop" or self.row >= self.patience:
                 in_row = f" ({self.row} bad updates in a row: patience={self.patience})" if self.action != "stop" else ""
@@ -99,7 +102,7 @@ class NonFinite(Callback):
     def on_step_end(self, state: State) -> None:
         """Keep what to go back to."""
         if self.action == "rollback" and state.step % self.every == 0:
-            self._kept = keep(state) or self._kept
+            self._kept = keep(state, self._meant or ()) or self._kept
 
     def on_fit_end(self, state: State) -> None:
         """Read the last verdict."""

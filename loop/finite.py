@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor
@@ -11,19 +11,24 @@ from .state import State
 from .store import Named
 
 
-def watched(state: State, loss: Tensor | None) -> list[Tensor]:
-    """Return what an update's verdict hangs on: its loss, the gradients, and buffers such as running statistics."""
-    found = [] if loss is None else [loss]
-    found += [grad for grad in state.grads if grad.numel()]
-    return found + [b for b in state.model.buffers() if b.is_floating_point() and b.numel()]
+def watched(state: State, loss: Tensor | None, but: Container[str] = ()) -> list[tuple[str | Tensor, Tensor]]:
+    """Return what an update's verdict hangs on, and what it is: its loss, each parameter's gradient, buffers but some."""
+    found: list[tuple[str | Tensor, Tensor]] = [] if loss is None else [("the loss", loss)]
+    found += [(p, p.grad) for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None and p.numel()]
+    return found + [(f"buffer {name}", b) for name, b in state.model.named_buffers()
+                    if name not in but and b.numel() and (b.is_floating_point() or b.is_complex())]  # fmt: skip
 
 
-def names(state: State, with_loss: bool) -> list[str]:
+def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
     """Return what each of `watched` is, in words."""
-    held = Named(state.model, state.optimizer).tensors
-    found = ["the loss"] if with_loss else []
-    found += [f"the gradient of {name}" for name, p in held.items() if p.grad is not None and p.numel()]
-    return found + [f"buffer {name}" for name, b in state.model.named_buffers() if b.is_floating_point() and b.numel()]
+    held = {id(p): name for name, p in Named(state.model, state.optimizer).tensors.items()}
+    return [owner if isinstance(owner, str) else f"the gradient of {held.get(id(owner))}" for owner in owners]
+
+
+def infinite(state: State) -> set[str]:
+    """Return the buffers that hold an infinity, but no NaN, as an attention mask does by design."""
+    found = state.model.named_buffers(remove_duplicate=False)
+    return {name for name, b in found if b.is_floating_point() and b.isinf().any() and not b.isnan().any()}
 
 
 def finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -44,7 +49,7 @@ def finite(tensors: Iterable[Tensor]) -> Tensor:
 
 def values_of(x: Tensor) -> Tensor:
     """Return what a tensor holds, also a sparse one."""
-    if not x.is_sparse:
-        return x
-    values = x.coalesce().values()
-    return values if values.numel() else values.new_zeros(1)
+    if x.is_sparse:
+        x = x.coalesce().values()
+        x = x if x.numel() else x.new_zeros(1)
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x  # a magnitude could overflow

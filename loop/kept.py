@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,21 +14,35 @@ from .state import State
 from .store import Copies, Named, reduced
 
 
-def keep(state: State) -> dict[str, Any] | None:
-    """Return a copy, as plain data by names; None where something in it is not finite."""
+def keep(state: State, but: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Return a copy, as plain data by names; None where something in it, but for some buffers, is not finite."""
     named, copies = Named(state.model, state.optimizer), Copies()
-    found = copies.of({"step": state.step, "model": named.model_state(), "optimizer": named.optimizer_state()})
+    found = copies.of({"step": state.step, "model": named.model_state(), "optimizer": named.optimizer_state(),
+                       "unsaved": unsaved(state, named)})  # fmt: skip
     copies.wait()
-    return found if all(x.isfinite().all() for x in tensors(found) if x.is_floating_point()) else None
+    skip = {*but, *map(named.clean, but)}
+    parts = [{k: x for k, x in part.items() if k not in skip} if isinstance(part, dict) else part for part in found.values()]
+    return found if all(x.isfinite().all() for x in tensors(parts) if x.is_floating_point() or x.is_complex()) else None
+
+
+def unsaved(state: State, named: Named) -> dict[str, Any]:
+    """Return the buffers that are in no state dict."""
+    held = state.model.state_dict().keys()
+    return {named.clean(name): b for name, b in state.model.named_buffers() if name not in held}
 
 
 def put_back(state: State, kept: dict[str, Any]) -> None:
     """Go back to it; the rates and other settings of the parameter groups stay as they are now."""
-    named, groups = Named(state.model, state.optimizer), state.optimizer.param_groups
+    named, groups = Named(state.model, state.optimizer), [*state.optimizer.param_groups]
     now = [reduced({k: v for k, v in group.items() if k != "params"}) for group in groups]
     named.load_model(kept["model"])
     state.optimizer.state.clear()  # what has come since the copy, too
-    named.load_optimizer(kept["optimizer"], named.options(), named.options())
+    own = copy.deepcopy(kept["optimizer"])  # torch takes tensors as they are, and would go on in what is kept
+    named.load_optimizer(own, named.options(), named.options())
     with torch.no_grad():
+        for name, b in unsaved(state, named).items():
+            if name in kept["unsaved"] and kept["unsaved"][name].shape == b.shape:
+                b.copy_(kept["unsaved"][name])
+        state.optimizer.param_groups[:] = groups  # loading made them anew, and others hold these
         for group, settings in zip(groups, now, strict=True):
             put(group, settings)

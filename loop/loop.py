@@ -253,7 +253,7 @@ class Loop(Session):
                 self._run("on_before_optimizer_step")
         if state._skip is not None:
             state.skip_reason = state._skip
-            state.drop_factors()
+            state.drop_factors(ask=True)
             return False
         state.apply_gradient_factors()
         return True

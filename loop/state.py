@@ -134,10 +134,12 @@ class State:
     def skip_where(self, bad: Tensor, reason: Callable[[], str | None]) -> None:
         """Leave this update out where `bad`, a 0-d bool on the device, holds; `reason()` reads it: why, None where it doesn't.
 
-        A fused optimizer leaves it out on the device, and `reason` is asked once its work is queued; for any other it is
-        asked at once.
+        A fused optimizer leaves it out on the device, and `reason` is asked once its work is queued; for any other, and
+        where a momentum would begin, from memory that a step left out never fills, it is asked at once.
         """
-        if self.scaler is None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
+        momenta = [p for g in self.optimizer.param_groups if g.get("momentum") for p in g["params"] if p.grad is not None]
+        begun = all(self.optimizer.state.get(p) for p in momenta)
+        if begun and self.scaler is None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
             self._doubt = reason
         elif (why := reason()) is not None:
@@ -203,9 +205,11 @@ class State:
             self._grad_norm = nn.utils.get_total_norm(self.grads)
         return self._grad_norm
 
-    def drop_factors(self) -> None:
-        """Forget what callbacks asked for in an update that is skipped."""
-        self._doubt = None
+    def drop_factors(self, ask: bool = False) -> None:
+        """Forget what callbacks asked for in an update that is skipped; with `ask` whoever doubted it reads why first."""
+        doubt, self._doubt = self._doubt, None
+        if ask and doubt is not None:
+            doubt()
         for name in ("grad_scale", "found_inf"):
             vars(self.optimizer).pop(name, None)
         self._rate_factors, self._grad_factors, self._grads_open, self._skip = [], [], False, None
