@@ -248,7 +248,7 @@ def test_st2_without_it_nothing_is_checked(form: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("every", "bad"), [(3, (1, 2, 4)), (100, (1, 3, 5)), (2, (0, 3, 4)), (1, (2, 3))])
+@pytest.mark.parametrize(("every", "bad"), [(3, (1, 2, 4)), (100, (1, 3, 5)), (2, (0, 3, 4)), (2, (2, 4)), (1, (2, 3))])
 def test_st2_several_rollbacks_to_what_was_kept_once(kind: str, every: int, bad: Any) -> None:
     """What the optimizer does to the state put back does not reach what is kept."""
     loop, rates = run(built_in, kind, Faulty("gradient", bad), NonFinite("rollback", every=every, factor=0.25))
@@ -637,8 +637,8 @@ def test_st5_patience_of_one(action: str) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "fused", "fused momentum", "sparse"])
 @pytest.mark.parametrize("action", ["skip", "rollback"])
 def test_st2_killed_and_resumed_it_is_the_same_run(action: str, kind: str, every: int, tmp_path: Path) -> None:
-    """Faults at tries 2, 3 and 8 of 12; killed at each update, so before, between and after."""
-    bad, count = {2, 3, 8}, 12
+    """Faults at tries 2, 3 and 7 of 12; killed at each update, so before, between and after."""
+    bad, count = {2, 3, 7}, 12
     data = batches(count)
 
     def loss(model: Any, batch: Any) -> Any:  # by the data, since a resumed run counts its forwards anew
