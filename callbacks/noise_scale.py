@@ -12,7 +12,7 @@ from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.host import HostCopy
 from ..loop.ranks import smallest
-from ..loop.state import State
+from ..loop.state import State, values_of
 from .batch_policies import Grow, Policy
 
 KEPT = ("means", "count", "growths", "_decided")
@@ -71,7 +71,7 @@ class NoiseScale(Policy, Callback):
         micro = state.micro
         if micro is None or not micro.training or micro.number or micro.share is None or not self._due(state):
             return
-        norm = wide(torch.nn.utils.get_total_norm(state.grads))
+        norm = wide(torch.nn.utils.get_total_norm([values_of(grad) for grad in state.grads]))
         if state.scaler is not None:
             norm = norm / state.scaler.scale(torch.ones_like(norm))
         self._small = (norm / micro.share) ** 2, micro.share * state.update_size

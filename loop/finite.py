@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 import torch
 from torch import Tensor
 
-from .state import State
+from .state import State, values_of
 from .store import Named
 
 
@@ -34,6 +34,7 @@ def infinite(state: State) -> set[str]:
 def finite(tensors: Iterable[Tensor]) -> Tensor:
     """Return, for each tensor, whether all of it is finite, as one vector on the first one's device."""
     dense = [values_of(t) for t in tensors]
+    dense = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]  # a magnitude could overflow
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(dense):
         kinds.setdefault((t.device, t.dtype), []).append(i)
@@ -45,11 +46,3 @@ def finite(tensors: Iterable[Tensor]) -> Tensor:
             return flags
         found.update(zip(places, flags.to(dense[0].device, non_blocking=True), strict=True))
     return torch.stack([found[i] for i in range(len(dense))])
-
-
-def values_of(x: Tensor) -> Tensor:
-    """Return what a tensor holds, also a sparse one."""
-    if x.is_sparse:
-        x = x.coalesce().values()
-        x = x if x.numel() else x.new_zeros(1)
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x  # a magnitude could overflow

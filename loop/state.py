@@ -202,7 +202,7 @@ class State:
     def grad_norm(self) -> Tensor | None:
         """The 2-norm of the gradients before clipping, computed when first asked for in `on_before_optimizer_step`."""
         if self._grad_norm is None and self._grads_open:
-            self._grad_norm = nn.utils.get_total_norm(self.grads)
+            self._grad_norm = nn.utils.get_total_norm([values_of(grad) for grad in self.grads])
         return self._grad_norm
 
     def drop_factors(self, ask: bool = False) -> None:
@@ -261,6 +261,14 @@ class State:
                 group["lr"].copy_(rate)
             else:
                 group["lr"] = rate
+
+
+def values_of(x: Tensor) -> Tensor:
+    """Return what a tensor holds, also a sparse one."""
+    if not x.is_sparse:
+        return x
+    values = x.coalesce().values()
+    return values if values.numel() else values.new_zeros(1)
 
 
 def computed(name: str, value: Callable[[], Any]) -> Any:
