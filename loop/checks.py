@@ -78,8 +78,11 @@ def check_loader(name: str, loader: Any) -> None:
 
 
 def check_parameters(model: torch.nn.Module, optimizer: Any) -> None:
-    """Refuse an optimizer that holds none of the model's parameters: it would train nothing."""
+    """Refuse a model without parameters, and an optimizer that holds none of them: nothing would be trained."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"the model, a {type(model).__name__}, has no parameters, so nothing would be trained; give one whose "
+                         "layers are attributes of it, lists of them as nn.ModuleList")  # fmt: skip
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(f"none of the {len(held)} tensors in {type(optimizer).__name__} is a parameter of the model; build it "
                          "on model.parameters(), after the model was copied or moved")  # fmt: skip

@@ -15,6 +15,7 @@ from . import batch as batches
 from .chunk import Chunk, piece
 from .diagnose import STOPPED, explain, in_sequence, miscounted, shut_down
 from .goal import number
+from .guards import back_to_eval, modes_of, name_devices
 from .mean import Mean
 from .order import apart
 from .outputs import checked, detached, single, weight_of
@@ -32,6 +33,8 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
     """
     state = loop.state
     model = state.model if state.eval_model is None else state.eval_model
+    if model is state.model:
+        loop.modes = modes_of(model) or loop.modes
     modes = [(module, module.training) for module in model.modules()]
     seed = None if state.seed is None else derive(state.seed, "validation", state.step, state.rank)
     means: dict[str, Mean] = {}
@@ -91,11 +94,15 @@ def _one_batch(loop: Session, loss_fn: Any, model: Any, data: Any, count: int, m
     while start < total:
         a, b = batches.equal_cuts(total - start, state.eval_micro_batch_size)[0]
         chunk = piece(Chunk(data, None, total), start + a, start + b, loop.cut)
+        if model.training:
+            back_to_eval(loop, model)
+        batch = chunk.data
         try:
             batch = batches.move(chunk.data, state.device)
             outputs = checked(loop.forward(loss_fn, model, batch), training=False)
         except Exception as error:
             if not loop.redoes(error, b - a, training=False):
+                name_devices(error, model, batch)
                 raise
             traceback.clear_frames(error.__traceback__)
             continue

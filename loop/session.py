@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, whole
 from .dispatch import AROUND, PLAN, Dispatch, check, note, overridden, table
 from .feed import Feed
+from .guards import back_to_train, check_trained, modes_of
 from .mean import Mean
 from .plan import count_steps, update_samples
 from .ranks import rank_and_world
@@ -37,6 +38,8 @@ log = logging.getLogger("hookloop")
 
 class Session(Dispatch):
     """What `with loop:` opens and closes, and what the verbs of `Loop` stand on."""
+
+    alive: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()  # what a GAN's other Loop trains is not forgotten here
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Iterable[Callback] = (), *,
                  resume: str | os.PathLike[str] | None = None,
@@ -71,6 +74,8 @@ class Session(Dispatch):
         self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
         self.rng_to_restore: dict[str, Any] | None = None
+        self.modes: dict[nn.Module, bool] = {}  # of the model's modules while it trains
+        self.warned = set()
         self._constants: dict[Any, Tensor] = {}
         self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
@@ -87,6 +92,7 @@ class Session(Dispatch):
                 raise ValueError(f"{type(callback).__name__} belongs to another Loop; callbacks keep state, make a new one")
         for callback in self.callbacks:
             callback._loop = weakref.ref(self)
+        self.alive.add(self)
 
     def __enter__(self) -> Self:
         if self._entered:
@@ -130,6 +136,7 @@ class Session(Dispatch):
         state.loader, state.total_steps, state.epoch_samples = loader, None, None
         if not state.model.training:
             state.model.train()
+        self.modes = modes_of(state.model)
         if loader is not None:
             state.total_steps = count_steps(self.callbacks, state, *self._end)
             self.feed.attach(loader)
@@ -144,6 +151,8 @@ class Session(Dispatch):
         if self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
             self.snapshot = Snapshot(state)
         self._run("on_fit_start")
+        if loader is None:  # else before each epoch
+            check_trained(self)
 
     def _check_promised(self) -> None:
         """Refuse, once after a restore, updates of another size than the checkpoint's run would make here."""
@@ -169,7 +178,11 @@ class Session(Dispatch):
         if self.rng_to_restore is not None:
             rng.restore(self.rng_to_restore, state.device)  # reaching the position drew numbers
             self.rng_to_restore = None
+        if self.modes and not state.model.training:  # first, so that what a hook now changes stands
+            back_to_train(self)
         self._run("on_epoch_start")
+        self.modes = modes_of(state.model) or self.modes
+        check_trained(self)
         if feed.empty:
             raise ValueError(feed.empty)
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from . import batch as batches
 from . import ranks
 from .chunk import Chunk, piece
+from .guards import back_to_train, name_devices, name_sparse
 from .outputs import checked, detached, singles, weight_of, weighted
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ class Eager:
 
     def update(self, loop: Session) -> None:
         """Apply the gradients."""
-        loop.state.optimizer.step()
+        try:
+            loop.state.optimizer.step()
+        except RuntimeError as error:
+            name_sparse(error, loop.state)
+            raise
 
 
 class Micro:
@@ -72,6 +77,8 @@ class Micro:
         if self.number:
             self._step.check_untouched(between=True)
         loop, self._open = self._step.loop, True
+        if loop.modes and not loop.state.model.training:
+            back_to_train(loop)
         if loop.state.world > 1:  # around all of the body, since a forward of the user's own may stand in it
             self._reducing = ranks.reducing(loop.state.model, self._last, self._step.rehearsal)
             self._reducing.__enter__()
@@ -102,6 +109,8 @@ class Micro:
         elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             error.add_note(f"BatchNorm met a micro-batch of {self._chunk.size} sample(s): cut at least 2, leave a short last batch "
                            "out (drop_last=True), or use GroupNorm or LayerNorm")  # fmt: skip
+        else:
+            name_devices(error, step.loop.state.model, self._chunk.data if self._batch is None else self._batch)
         return False
 
 
