@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .callback import HOOKS, Callback
 from .checks import whole
+from .guards import warn_once
 from .state import MicroEnd, State
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ ELSEWHERE = {
 # Around a loop of the user's own, where steps, epochs and data are not ours, only these run.
 AROUND = {"on_setup", "on_fit_start", "on_micro_end", "on_before_optimizer_step", "on_step_end", "on_validation_end",
           "on_fit_end"}  # fmt: skip
+STEP = ("on_step_start", "on_micro_end", "on_before_optimizer_step", "on_step_end")  # a part of each update
 
 
 def overridden(callback: Callback) -> set[str]:
@@ -80,6 +83,21 @@ def note(error: BaseException, method: Any, hook: str, step: int) -> None:
     error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")
 
 
+class Timed:
+    """A hook's method that adds up the seconds it takes, evaluations aside."""
+
+    def __init__(self, method: Any, hook: str) -> None:
+        self.method, self.__self__, self.spent = method, getattr(method, "__self__", None), 0.0
+        self.name = f"{getattr(self.__self__, 'key', 'a callback')}.{hook}"
+
+    def __call__(self, state: State) -> Any:
+        """Run it."""
+        start = time.perf_counter()
+        answer = self.method(state)
+        self.spent += 0.0 if state._evaluating else time.perf_counter() - start
+        return answer
+
+
 class Dispatch:
     """Runs the hooks of a Loop's callbacks."""
 
@@ -88,6 +106,23 @@ class Dispatch:
     hooks: dict[str, tuple[Method, ...]]
     streams: Streams | None
     measure: Callable[[Any], int]
+    warned: set[Any]
+    sampling: tuple[float, dict[str, tuple[Method, ...]]] | None = None  # since when an update is timed, and the plain hooks
+    slow: tuple[str, ...] = ()  # in the last sample
+
+    def sample(self) -> None:
+        """Begin to time an update's hooks, or end it and warn, once each, of what was slow in two samples running."""
+        now, sampling = time.perf_counter(), self.sampling
+        if sampling is None:
+            self.sampling = now, self.hooks
+            self.hooks = {hook: tuple([Timed(method, hook) for method in self.hooks[hook]]) for hook in self.hooks}
+            return
+        took, all_timed = now - sampling[0], [timed for hook in STEP for timed in self.hooks[hook] if isinstance(timed, Timed)]
+        found = {timed.name: timed.spent for timed in all_timed if timed.spent > max(0.005, 0.2 * took)}
+        before, self.hooks, self.sampling, self.slow = self.slow, sampling[1], None, tuple(found)
+        for name in set(before) & found.keys():
+            warn_once(self, ("slow", name), f"{name} takes {found[name] / took:.0%} of an update's {1000 * took:.0f} ms; call it "
+                      "less often, or keep what it computes on the device, without .item()")  # fmt: skip
 
     def _run(self, hook: str) -> list[Any]:
         answers = []

@@ -127,6 +127,8 @@ class Step:
         self._held: tuple[Tensor, Tensor, int] | None = None
         self.done: list[Micro] = []
         self._before = 0
+        if loop.sampling is not None or loop.state.step % 100 == 99:
+            loop.sample()
         self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 
     def __iter__(self) -> Iterator[Micro]:
