@@ -292,10 +292,9 @@ class Loop(Session):
             self._flush()
 
     def _count_skipped(self, samples: int) -> None:
-        state = self.state
+        state, self._skips = self.state, self._skips + 1
         state.skipped += 1
         state.samples += samples
-        self._skips += 1
         if self._skips >= self.max_skips:
             raise RuntimeError(f"{self._skips} updates in a row were skipped (max_skips={self.max_skips}); the last "
                                f"because {state.skip_reason}")  # fmt: skip
