@@ -91,7 +91,7 @@ class Checkpoint(Callback):
 
         def save() -> None:
             copies.wait()
-            store.write(self.folder, contents, reasons, self._known)
+            state.saved = str(store.write(self.folder, contents, reasons, self._known))
 
         self._saved_at = time.monotonic()
         return self._writer.run(save, self._prune)

@@ -103,6 +103,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
     loop.feed.load_state_dict(saved["data"])
     loop.train_loss.load_state_dict(saved["train_loss"], state.device)
+    state.saved = str(found.place)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
     state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], saved["rng"]
     loop._saved_at, loop.promised, state.spent = state.step, saved.get("update_samples"), found.about.get("seconds", 0.0)

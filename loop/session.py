@@ -234,6 +234,8 @@ class Session(Dispatch):
                 first = problem
             elif problem is not first:
                 first.add_note(f"then, while ending: {type(problem).__name__}: {problem}")
+        if isinstance(first, Exception) and self.state.saved is not None:
+            first.add_note(f"the last checkpoint is {self.state.saved}")
         if error is None and first is not None:
             raise first
 

@@ -79,6 +79,7 @@ class State:
     reported_at: int = -1
     writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
+    saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at
     since: float | None = None
     at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry

@@ -25,6 +25,7 @@ from hookloop.callbacks import (
     EarlyStopping,
     GradientAccumulation,
     MicroBatch,
+    NonFinite,
     Seed,
     Warmup,
 )
@@ -314,3 +315,25 @@ def test_no_warning_where_nothing_is_wrong(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         built_in(make(tmp_path), loss_fn, *data(), epochs=1)
         built_in(make(tmp_path), loss_fn, *data(), epochs=2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("background", [True, False])
+def test_st5_an_error_names_the_last_checkpoint(background: bool, form: Any, tmp_path: Path) -> None:
+    """In the run that wrote it, and in one that resumed from it and wrote none; before the first there is nothing to name."""
+
+    def run(every: int) -> list[str]:
+        def odd(model: Any, batch: Any) -> Any:
+            found = loss_fn(model, batch)
+            return {**found, "loss": found["loss"] * (float("nan") if loop.state.step == 5 else 1.0)}
+
+        seed, model = Seed(5), net(seed=5)
+        callbacks = [seed, NonFinite(), Checkpoint(tmp_path, every=every, background=background)]
+        loop = Loop(model, adamw(model), callbacks, resume=tmp_path)
+        with pytest.raises(FloatingPointError, match="not finite in update 6: the loss, ") as error:
+            form(loop, odd, loader(), epochs=2)
+        return [note for note in error.value.__notes__ if "checkpoint" in note]
+
+    assert run(100) == []
+    assert run(2) == [f"the last checkpoint is {tmp_path / 'step-00000004'}"]
+    assert run(100) == [f"the last checkpoint is {tmp_path / 'step-00000004'}"]
