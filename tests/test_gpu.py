@@ -55,10 +55,8 @@ def test_by_hand_is_built_in_and_watching_is_free(tmp_path: Path) -> None:
     assert_same_bits(found[0], found[2])
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_a_step_waits_for_nothing(autocast: Any) -> None:
-    """Pinned batches, every shaping callback: whatever synchronises in a step raises."""
-    loop = make(autocast=autocast)
+def train_watched(loop: Loop) -> None:
+    """Train; whatever synchronises in a step raises."""
     with loop:
         for _ in loop.epochs(2):
             for step in loop.steps(loader(96, 8, pin_memory=True)):
@@ -71,6 +69,12 @@ def test_a_step_waits_for_nothing(autocast: Any) -> None:
                     loop.update()
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_step_waits_for_nothing(autocast: Any) -> None:
+    """Pinned batches, every shaping callback: whatever synchronises in a step raises."""
+    train_watched(make(autocast=autocast))
 
 
 def test_oo13_a_real_lack_of_memory_is_redone_in_smaller_cuts() -> None:
@@ -155,19 +159,7 @@ def test_a_run_on_a_gpu_resumes_to_the_same_bits(background: bool, tmp_path: Pat
 @pytest.mark.parametrize("watcher", [lambda: NonFinite(), lambda: Fingerprint(1)], ids=["NonFinite", "Fingerprint"])
 def test_a_verdict_and_a_digest_wait_for_nothing(watcher: Any) -> None:
     seed, model = Seed(5), net(seed=5).cuda()
-    loop = Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [seed, watcher()])
-    with loop:
-        for _ in loop.epochs(1):
-            for step in loop.steps(loader(96, 8, pin_memory=True)):
-                watched = loop.state.step > 2
-                torch.cuda.set_sync_debug_mode("error" if watched else "default")
-                try:
-                    for micro in step:
-                        with micro:
-                            micro.backward(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
-                    loop.update()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
+    train_watched(Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [seed, watcher()]))
 
 
 @pytest.mark.parametrize("fused", [True, False])
