@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ..loop.callback import Callback
-from ..loop.checks import among, whole
-from ..loop.finite import finite, infinite, names, watched
+from ..loop.checks import among, share, whole
+from ..loop.finite import finite, names, statistics, watched
 from ..loop.host import HostCopy
 from ..loop.kept import keep, put_back
 from ..loop.state import State
@@ -34,26 +34,25 @@ class NonFinite(Callback):
         among("action", action, ("stop", "skip", "rollback"))
         whole("patience", patience, 1, none=False)
         whole("every", every, 1, none=False)
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-            raise ValueError(f"factor must be above 0 and at most 1, not {factor!r}")
+        share("factor", factor)
         self.action, self.patience, self.every, self.factor = action, patience, every, factor
         self.scale, self.row = 1.0, 0
         self._loss: Tensor | None = None
         self._host = HostCopy()
         self._kept: dict[str, Any] | None = None
-        self._meant: set[str] | None = None
+        self._buffers = set[str]()
         self._state: State | None = None
 
     def on_setup(self, state: State) -> None:
-        """Have buffers kept from each step's start, to be put back."""
+        """Have gradients checked when they are as the optimizer gets them, and buffers kept from each step's start."""
+        state.checks.append(self._check)
         state.keep_buffers |= self.action == "skip"
 
     def on_fit_start(self, state: State) -> None:
-        """See which buffers hold an infinity by design, and keep what to go back to."""
-        self._state = state
-        self._meant = infinite(state) if self._meant is None else self._meant
+        """See which buffers should be finite, and keep what to go back to."""
+        self._state, self._buffers = state, statistics(state)
         if self.action == "rollback" and self._kept is None:
-            self._kept = keep(state, self._meant)
+            self._kept = keep(state, self._buffers)
 
     def on_micro_end(self, state: State) -> None:
         """Add up no losses, which may overflow, but 0 of each: what is not finite stays so."""
@@ -62,12 +61,14 @@ class NonFinite(Callback):
             self._loss = loss if state.micro.number == 0 or self._loss is None else self._loss + loss * 0
 
     def on_before_optimizer_step(self, state: State) -> None:
-        """Reach the verdict on this update."""
+        """Lower the rates as rollbacks asked."""
         if self.scale != 1.0:
             state.scale_rate(self.scale)
+
+    def _check(self, state: State) -> None:
         self._read(state)  # of the update before: its work is done, while this one's is queued
-        loss, self._loss = self._loss, None
-        if not (found := watched(state, loss, self._meant or ())):
+        loss, self._loss = state.given_loss if self._loss is None else self._loss, None
+        if not (found := watched(state, loss, self._buffers)):
             return
         good = finite(tensor for _, tensor in found)
         self._host.put((state.step, [owner for owner, _ in found]), {"good": good}, most_dims=1)
@@ -87,22 +88,22 @@ class NonFinite(Callback):
             spoilt = [f"{name} itself" for name, p in state.model.named_parameters() if not p.isfinite().all()]
             bad = spoilt + bad if state.step == step else bad + spoilt  # the cause, where this update didn't make it
             text = f"not finite in update {step + 1}: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
-            if self.action == "stop" or self.row >= self.patience:
-                in_row = f" ({self.row} bad updates in a row: patience={self.patience})" if self.action != "stop" else ""
-                raise FloatingPointError(text + in_row)
-            if self.action == "rollback" and self._kept is not None:
+            if self.action == "stop":
+                raise FloatingPointError(text)
+            if self.row >= self.patience:
+                raise FloatingPointError(f"{text} ({self.row} bad updates in a row: patience={self.patience})")
+            if self._kept is not None:
                 self.scale *= self.factor
                 put_back(state, self._kept)
-                log.warning("%s; back to the weights of update %d, rates times %g", text, self._kept["step"], self.scale)
-            else:
-                log.warning("%s; the update is skipped", text)
+                text += f"; back to the weights of update {self._kept['step']}, rates times {self.scale:g}"
+            log.warning("%s", text if self._kept is not None else f"{text}; the update is skipped")
             return text
         return None
 
     def on_step_end(self, state: State) -> None:
         """Keep what to go back to."""
         if self.action == "rollback" and state.step % self.every == 0:
-            self._kept = keep(state, self._meant or ()) or self._kept
+            self._kept = keep(state, self._buffers) or self._kept
 
     def on_fit_end(self, state: State) -> None:
         """Read the last verdict."""
@@ -110,7 +111,7 @@ class NonFinite(Callback):
         self._state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, once the last verdict is read, the rates' scale, the bad updates in a row and what rollback goes back to."""
+        """Return, once the last verdict is read, the rates' scale, bad updates in a row, what to go back to."""
         if self._state is not None:
             self._read(self._state)
         return {"scale": self.scale, "row": self.row, "kept": self._kept}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .state import State, values_of
 from .store import Named
 
 
-def watched(state: State, loss: Tensor | None, but: Container[str] = ()) -> list[tuple[str | Tensor, Tensor]]:
-    """Return what an update's verdict hangs on, and what it is: its loss, each parameter's gradient, buffers but some."""
+def watched(state: State, loss: Any, buffers: Container[str]) -> list[tuple[str | Tensor, Tensor]]:
+    """Return what an update's verdict hangs on, and what it is: its loss, each parameter's gradient, some buffers."""
+    loss = loss if loss is None or isinstance(loss, Tensor) else torch.tensor(float(loss))
     found: list[tuple[str | Tensor, Tensor]] = [] if loss is None else [("the loss", loss)]
     found += [(p, p.grad) for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None and p.numel()]
-    return found + [(f"buffer {name}", b) for name, b in state.model.named_buffers()
-                    if name not in but and b.numel() and (b.is_floating_point() or b.is_complex())]  # fmt: skip
+    return found + [(f"buffer {name}", b) for name, b in state.model.named_buffers() if name in buffers]
 
 
 def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
@@ -25,10 +27,12 @@ def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
     return [owner if isinstance(owner, str) else f"the gradient of {held.get(id(owner))}" for owner in owners]
 
 
-def infinite(state: State) -> set[str]:
-    """Return the buffers that hold an infinity, but no NaN, as an attention mask does by design."""
-    found = state.model.named_buffers(remove_duplicate=False)
-    return {name for name, b in found if b.is_floating_point() and b.isinf().any() and not b.isnan().any()}
+def statistics(state: State) -> set[str]:
+    """Return the buffers that should be finite: those that are saved, and hold no infinity by design as a mask does."""
+    saved = state.model.state_dict(keep_vars=True).keys()
+    held = {name: b for name, b in state.model.named_buffers() if name in saved and not is_lazy(b) and b.numel()}
+    held = {name: b for name, b in held.items() if b.is_complex() or (b.is_floating_point() and b.itemsize > 1)}
+    return {name for name, b in held.items() if not b.isinf().any() or b.isnan().any()}
 
 
 def finite(tensors: Iterable[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import logging
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -13,16 +14,23 @@ from .redo import tensors
 from .state import State
 from .store import Copies, Named, reduced
 
+log = logging.getLogger("hookloop")
 
-def keep(state: State, but: Iterable[str] = ()) -> dict[str, Any] | None:
-    """Return a copy, as plain data by names; None where something in it, but for some buffers, is not finite."""
+
+def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
+    """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite."""
     named, copies = Named(state.model, state.optimizer), Copies()
     found = copies.of({"step": state.step, "model": named.model_state(), "optimizer": named.optimizer_state(),
                        "unsaved": unsaved(state, named)})  # fmt: skip
     copies.wait()
-    skip = {*but, *map(named.clean, but)}
-    parts = [{k: x for k, x in part.items() if k not in skip} if isinstance(part, dict) else part for part in found.values()]
-    return found if all(x.isfinite().all() for x in tensors(parts) if x.is_floating_point() or x.is_complex()) else None
+    others = {named.clean(name) for name, _ in state.model.named_buffers() if name not in buffers}
+    parts = {**{name: x for name, x in found["model"].items() if name not in others},
+             **{f"the optimizer's state of {name}": x for name, x in found["optimizer"]["state"].items()}}  # fmt: skip
+    bad = [name for name, part in parts.items() for x in tensors(part)
+           if (x.is_floating_point() or x.is_complex()) and x.itemsize > 1 and not x.isfinite().all()]  # fmt: skip
+    if bad:
+        log.warning("nothing new is kept to roll back to: after update %d %s is not finite", state.step, ", ".join(bad[:4]))
+    return None if bad else found
 
 
 def unsaved(state: State, named: Named) -> dict[str, Any]:

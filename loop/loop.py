@@ -148,9 +148,7 @@ class Loop(Session):
                     pass
             finally:
                 state.restore_rates(before)
-            applied = state.settle()
-        if not applied and state.keep_buffers and self.snapshot is not None:
-            self.snapshot.put_back_buffers()
+        applied = self._settle(applied)
         step.updated = True  # not before: a hook that raises leaves a step to be done again
         if state.scaler is not None and step.done:
             state.scaler.update()
@@ -175,6 +173,7 @@ class Loop(Session):
         if isinstance(loss, Tensor) and loss.dim():
             raise ValueError(f"loss must be a 0-d tensor or a number, not shape {tuple(loss.shape)}")
         self._begin(None)
+        self.state.given_loss = shown.get("loss")
         if self.state._saves:  # before this update changes what they are to hold
             self._flush()
         if applied := self._gradients_final(True):
@@ -183,10 +182,10 @@ class Loop(Session):
                 yield
             finally:
                 self.state.restore_rates(before)
-            applied = self.state.settle()
         else:
             self.state.optimizer.zero_grad(set_to_none=True)
             yield
+        applied = self._settle(applied)
         if applied:
             self._count(samples, shown, samples or 1)
         else:
@@ -251,12 +250,13 @@ class Loop(Session):
             state._grad_norm, state._grads_open = None, True
             if self.hooks["on_before_optimizer_step"]:
                 self._run("on_before_optimizer_step")
-        if state._skip is not None:
-            state.skip_reason = state._skip
+        if state._skip is None:
+            state.apply_gradient_factors()
+            for check in state.checks:
+                check(state)
+        if (skipped := state._skip) is not None:
             state.drop_factors(ask=True)
-            return False
-        state.apply_gradient_factors()
-        return True
+        return skipped is None
 
     def _updated(self, step: Step) -> bool:
         """Run the optimizer's step; return whether it is done, or was put back to be repeated."""

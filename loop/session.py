@@ -111,12 +111,15 @@ class Session(Dispatch):
                 for callback in self.callbacks:
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
-                state.writers.clear()  # of an entry that failed
+                state.writers, state.checks = [], []  # of an entry that failed
                 self._run("on_setup")
                 self.settings = Named(state.model, state.optimizer).options()
                 if self.resume is not None:
                     restore(self, self.resume, self.strict)
                 self._was_set_up = True
+            if state.keep_buffers:
+                self.snapshot = Snapshot(state)
+                self.snapshot.take([])
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -238,6 +241,16 @@ class Session(Dispatch):
             first.add_note(f"the last checkpoint is {self.state.saved}")
         if error is None and first is not None:
             raise first
+
+    def _settle(self, applied: bool) -> bool:
+        """Return whether the update was applied; where it was left out, put back what may have to be."""
+        state, applied = self.state, applied and self.state.settle()
+        if state.keep_buffers and self.snapshot is not None:
+            if not applied:
+                self.snapshot.put_back_buffers()
+            if state.loader is None:  # around a loop of the user's own the next forward follows, unannounced
+                self.snapshot.take([])
+        return applied
 
     def _save_last(self) -> None:
         """Ask for a save of where the run stands, unless it is on the disk."""

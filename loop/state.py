@@ -79,6 +79,8 @@ class State:
     reported_at: int = -1
     writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
+    checks: list[Callable[[State], None]] = field(default_factory=list)  # run when gradients are as the optimizer gets them
+    given_loss: Any = None  # what loop.updating was given
     saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at
     since: float | None = None
@@ -207,10 +209,12 @@ class State:
         return self._grad_norm
 
     def drop_factors(self, ask: bool = False) -> None:
-        """Forget what callbacks asked for in an update that is skipped; with `ask` whoever doubted it reads why first."""
+        """Forget what callbacks asked for in an update that is skipped; with `ask` it is this one, and who doubted it reads why."""
         doubt, self._doubt = self._doubt, None
-        if ask and doubt is not None:
-            doubt()
+        if ask:
+            self.skip_reason = self._skip
+            if doubt is not None:
+                doubt()
         for name in ("grad_scale", "found_inf"):
             vars(self.optimizer).pop(name, None)
         self._rate_factors, self._grad_factors, self._grads_open, self._skip = [], [], False, None
