@@ -1,6 +1,7 @@
 """Fingerprint: what two runs are compared by, update for update."""
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..loop import digest
 from ..loop.callback import Callback
@@ -33,9 +34,7 @@ class Fingerprint(Callback):
         return (state.step + 1) % self.every == 0 or state.step == 0
 
     def on_step_start(self, state: State) -> None:
-        """Take the last digests out, which describe another update, and begin the next."""
-        for kind in KINDS:
-            state.metrics.pop(f"fingerprint/{kind}", None)
+        """Begin with what the update before made."""
         self._before = what_is_trained(state) if self._due(state) else None
 
     def on_micro_end(self, state: State) -> None:
@@ -50,7 +49,9 @@ class Fingerprint(Callback):
         self._samples += micro.size
 
     def on_before_optimizer_step(self, state: State) -> None:
-        """Log the digests of what this update is made of."""
+        """Log the digests of what this update is made of, in place of those that describe another."""
+        for kind in KINDS:
+            state.metrics.pop(f"fingerprint/{kind}", None)
         if not self._due(state):
             return
         found = self._before or what_is_trained(state)  # around a loop of the user's own no step starts
@@ -66,5 +67,5 @@ class Fingerprint(Callback):
 def what_is_trained(state: State) -> dict[str, Tensor]:
     """Return the digests of weights and buffers, and of the optimizer's state."""
     held = [state.optimizer.state.get(p, {}) for group in state.optimizer.param_groups for p in group["params"]]
-    weights = [*state.model.parameters(), *state.model.buffers()]
+    weights = [x for x in (*state.model.parameters(), *state.model.buffers()) if not is_lazy(x)]
     return {"weights": digest.whole(weights, state.device), "optimizer": digest.whole(tensors(held), state.device)}

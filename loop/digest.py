@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,15 +59,30 @@ def whole(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def of_batch(batch: Any, size: int, start: int, device: torch.device) -> Tensor:
-    """Return one int64 from the samples of a batch that stand at `start` and after: sums over cuts are that of the whole."""
-    found = torch.zeros((), dtype=torch.int64, device=device)
-    for number, (_, x) in enumerate(leaves(batch)):
-        if isinstance(x, Tensor) and x.numel() and not x.is_sparse and not x.is_nested:
-            parts = size if x.dim() and x.shape[0] == size else 1
-            places = torch.arange(start, start + parts, dtype=torch.int64, device=x.device) * 2 + 1
-            found = found + (mixed(rows(x, parts) + number) * places).sum().to(device)
-        elif not isinstance(x, Tensor):
-            found = found + zlib.crc32(repr(x).encode()) * (number + 1)
+    """Return one int64 from the samples of a batch that stand at `start` and after: sums over cuts are that of the whole.
+
+    What has no sample dimension counts once, with the first cut; of objects that are no numbers or text only the type does.
+    """
+    found, together = torch.zeros((), dtype=torch.int64, device=device), leaves(batch)
+    lists = Counter(path.rpartition("[")[0] for path, _ in together)  # a list of `size` entries holds one for each sample
+    for path, x in together:
+        if type(x).__module__ == "numpy" and getattr(getattr(x, "dtype", None), "kind", "O") in "biufc":
+            x = torch.as_tensor(x)
+        parent, _, number = path.rpartition("[")
+        each = number[:-1].isdecimal() and lists[parent] == size and not isinstance(x, Tensor)
+        place = start + int(number[:-1]) if each else 0
+        key = zlib.crc32((parent if each else path).encode())
+        if isinstance(x, Tensor) and (x.is_sparse or x.is_nested):
+            parts = [x.coalesce().indices(), x.coalesce().values()] if x.is_sparse else list(x.unbind())
+            found = found + mixed(whole(parts, device) + key) * (2 * start + 1)
+        elif isinstance(x, Tensor) and x.numel():
+            count = size if x.dim() and x.shape[0] == size else 1
+            if count == size or start == 0:
+                places = torch.arange(start, start + count, dtype=torch.int64, device=x.device) * 2 + 1
+                found = found + (mixed(rows(x, count) + key) * places).sum().to(device)
+        elif not isinstance(x, Tensor) and (each or start == 0):
+            text = repr(x) if isinstance(x, int | float | complex | str | bytes | None) else type(x).__qualname__
+            found = found + zlib.crc32(text.encode(), key) * (2 * place + 1)
     return found
 
 

@@ -32,6 +32,8 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
     `may_leave`: None once the run is to be left.
     """
     state = loop.state
+    if loop.sampling is not None:  # a callback that evaluates is not slow by itself
+        loop.hooks, loop.sampling = loop.sampling[1], None
     model = state.model if state.eval_model is None else state.eval_model
     if model is state.model:
         loop.modes = modes_of(model) or loop.modes

@@ -30,8 +30,12 @@ def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
 
 def back_to_train(loop: Session) -> None:
     """Put a model that someone left in eval mode back into the modes it had, and warn once."""
-    for module in loop.state.model.modules():
-        module.training = loop.modes.get(module, True)
+    root, others = loop.state.model, list(loop.state.model.modules())[1:]
+    if any(module.training for module in others):  # whoever left some in train mode meant the others
+        root.training = True
+    else:
+        for module in (root, *others):
+            module.training = loop.modes.get(module, True)
     warn_once(loop, "eval", "the model was left in eval mode: model.training was False after step "
                             f"{loop.state.step}, so its modules were put back into the modes that they had; call model.train() "
                             "after model.eval() in a callback or between steps, and to freeze a layer put that layer into "
@@ -59,7 +63,7 @@ def check_trained(loop: Session) -> None:
     state, first = loop.state, "trained" not in loop.warned
     loop.warned.add("trained")
     kind, mine = type(state.optimizer).__name__, [p for group in state.optimizer.param_groups for p in group["params"]]
-    if first and not any(p.requires_grad for p in mine):
+    if first and state.loader is not None and not any(p.requires_grad for p in mine):
         raise ValueError(f"all {len(mine)} parameters in {kind} are frozen (requires_grad=False), so nothing would be trained; "
                          "unfreeze some: model.requires_grad_(True)")  # fmt: skip
     held = {id(p) for other in tuple(loop.alive) for group in other.state.optimizer.param_groups for p in group["params"]}
@@ -70,7 +74,7 @@ def check_trained(loop: Session) -> None:
     loop.warned |= {(name, id(lost[name])) for name in new}
     clean = Named(state.model, state.optimizer).clean
     shown = fold([clean(name) for name in new[:5]]) + (", ..." if new[5:] else "")
-    warnings.warn(f"{len(new)} parameters require gradients but are in no group of {kind}, so they will not be trained: {shown}; "
+    warnings.warn(f"{len(new)} parameters require gradients but are in no group of {kind}, so this Loop does not train them: {shown}; "
                   'give them to it (optimizer.add_param_group({"params": [...]}), or build it after the model is complete), or '
                   "freeze them (requires_grad_(False))", stacklevel=2)  # fmt: skip
 

@@ -127,7 +127,7 @@ class Step:
         self._held: tuple[Tensor, Tensor, int] | None = None
         self.done: list[Micro] = []
         self._before = 0
-        if loop.sampling is not None or loop.state.step % 100 == 99:
+        if loop.sampling is not None or loop.state.step % 97 == 96:  # a prime, which meets nobody's interval time and again
             loop.sample()
         self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 

@@ -13,7 +13,7 @@ CAUSES = {
     "weights": "the weights before this update, so they began apart or the update before differed: its rate, decay or arithmetic",
     "optimizer": "the optimizer's state before this update",
     "data": "the batch: its samples, their order or their augmentation",
-    "rng": "the random generators after the forward: another seed, or something drew from them",
+    "rng": "the random generators after the forwards: another seed, something that drew, or, with Seed, other cuts of the batch",
     "gradients": "the gradients alone: another loss, other cuts of the batch, or an operation that is not deterministic",
 }
 
@@ -25,10 +25,12 @@ class Parting:
     steps: list[int]
     step: int | None
     kinds: tuple[str, ...]
+    last: int  # update that either of them logged
 
     def __str__(self) -> str:
         if self.step is None:
-            return f"the same in all {len(self.steps)} updates compared, {self.steps[0]} to {self.steps[-1]}"
+            more = f"; only one of them goes on, to {self.last}" if self.last > self.steps[-1] else ""
+            return f"the same in all {len(self.steps)} updates compared, {self.steps[0]} to {self.steps[-1]}{more}"
         last = max((step for step in self.steps if step < self.step), default=self.step - 1)
         since = "" if last == self.step - 1 else f" (the same until update {last}; none between was logged)"
         also = f"\nalso differ there: {', '.join(self.kinds[1:])}" if self.kinds[1:] else ""
@@ -45,10 +47,11 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Parting:
     steps = sorted(set.intersection(*(set(run[kind]) for run in runs for kind in kinds)))
     if not steps:
         raise ValueError(f"{a} and {b} have no update in common; give both runs' Fingerprint and TensorBoard the same every=")
+    last = max(step for run in runs for kind in kinds for step in run[kind])
     for step in steps:
         if apart := tuple(kind for kind in kinds if runs[0][kind][step] != runs[1][kind][step]):
-            return Parting(steps, step, apart)
-    return Parting(steps, None, ())
+            return Parting(steps, step, apart, last)
+    return Parting(steps, None, (), last)
 
 
 def read(folder: Path) -> dict[str, Curve]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,13 +116,26 @@ def repeat(run: Callable[[int], Any] | Mapping[str, Callable[[int], Any]], seeds
     """
     stats()  # before hours of training
     chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if odd := [seed for seed in chosen if isinstance(seed, bool) or not isinstance(seed, int)]:
+    if odd := [seed for seed in chosen if isinstance(seed, bool) or not hasattr(seed, "__index__")]:
         raise ValueError(f"seeds must be whole numbers, not {odd[0]!r}")
     if len(set(chosen)) < 2 or len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds must be at least two different ones, not {seeds!r}")
     settings = run if isinstance(run, Mapping) else {getattr(run, "__name__", "run"): run}
-    return Repeats(metric, tuple(Sample(name, chosen, tuple(value(one(seed), metric, name, seed) for seed in chosen))
-                                 for name, one in settings.items()))  # fmt: skip
+    if not settings:
+        raise ValueError("run is an empty mapping; give it settings: name -> function of a seed")
+    found: dict[str, list[float]] = {}
+    for name, one in settings.items():
+        found[name] = []
+        for seed in map(int, chosen):
+            try:
+                found[name].append(value(one(seed), metric, name, seed))
+            except Exception as error:
+                error.add_note(f"in {name} with seed {seed}; {metric} of what had ended: {found}")  # hours may lie in these
+                raise
+        if len(set(found[name])) == 1:
+            warnings.warn(f"{name} gave {metric}={found[name][0]} with every seed: does it build all anew, and use its seed? "
+                          "Without a spread nothing tells chance from gain", stacklevel=2)  # fmt: skip
+    return Repeats(metric, tuple(Sample(name, tuple(map(int, chosen)), tuple(values)) for name, values in found.items()))
 
 
 def value(found: Any, metric: str, name: str, seed: int) -> float:
