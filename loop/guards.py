@@ -74,7 +74,8 @@ def check_trained(loop: Session) -> None:
     loop.warned |= {(name, id(lost[name])) for name in new}
     clean = Named(state.model, state.optimizer).clean
     shown = fold([clean(name) for name in new[:5]]) + (", ..." if new[5:] else "")
-    warnings.warn(f"{len(new)} parameters require gradients but are in no group of {kind}, so this Loop does not train them: {shown}; "
+    warnings.warn(f"{len(new)} parameters require gradients but are in no group of {kind}, so this Loop does not train them: "
+                  f"{shown}; "
                   'give them to it (optimizer.add_param_group({"params": [...]}), or build it after the model is complete), or '
                   "freeze them (requires_grad_(False))", stacklevel=2)  # fmt: skip
 

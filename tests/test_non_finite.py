@@ -58,7 +58,7 @@ class Net(nn.Module):
 def made(kind: str) -> tuple[Net, torch.optim.Optimizer]:
     model = Net(kind.startswith("sparse"))
     if kind == "sparse":  # SparseAdam takes nothing else
-        for p in (*model.bn.parameters(), *model.head.parameters(), model.empty):
+        for p in (*model.bn.parameters(), *model.head.parameters(), model.empty, model.unused):
             p.requires_grad_(False)
     return model, KINDS[kind](model.emb.parameters() if kind == "sparse" else model.parameters())
 
@@ -388,10 +388,10 @@ def test_st4_a_late_verdict_names_the_gradients_of_its_own_update(monkeypatch: A
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state, own = State(model, optimizer), NonFinite()
     b.grad, c.grad = torch.tensor([NAN]), torch.ones(1)
-    own.on_before_optimizer_step(state)
+    own._check(state)
     a.grad, b.grad = torch.ones(1), None
     with pytest.raises(FloatingPointError, match=r"update 1: the gradient of b$"):
-        own.on_before_optimizer_step(state)
+        own._check(state)
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
@@ -459,7 +459,7 @@ def test_st4_the_verdict_is_reached_where_the_numbers_lie(monkeypatch: Any) -> N
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         optimizer._step_supports_amp_scaling = True
         state = State(model, optimizer)
-        NonFinite(action).on_before_optimizer_step(state)
+        NonFinite(action)._check(state)
         assert put[-1].shape == (6,)
         assert put[-1].is_meta
         assert getattr(optimizer, "found_inf", put[-1]).is_meta
@@ -734,7 +734,7 @@ def test_st2_driven_without_a_loop(kind: str) -> None:
     before = copy.deepcopy(model.state_dict())
     loss = Faulty("gradient", {0, 1})
     loss(model, batches()[0]).backward()
-    own.on_before_optimizer_step(state)
+    own._check(state)
     if kind == "fused":
         optimizer.step()
         assert not state.settle()
@@ -745,7 +745,7 @@ def test_st2_driven_without_a_loop(kind: str) -> None:
     state.drop_factors()
 
     def again() -> None:
-        own.on_before_optimizer_step(state)
+        own._check(state)
         state.settle()
 
     with pytest.raises(FloatingPointError, match="2 bad updates"):
@@ -762,7 +762,7 @@ def test_st2_nothing_to_look_at() -> None:
     for action in ("stop", "skip", "rollback"):
         own = NonFinite(action)
         own.on_fit_start(state)
-        own.on_before_optimizer_step(state)
+        own._check(state)
         own.on_step_end(state)
         own.on_fit_end(state)
     assert state._skip is None
