@@ -28,13 +28,19 @@ def modes_of(model: nn.Module) -> dict[nn.Module, bool]:
     return {module: module.training for module in model.modules()} if model.training else {}
 
 
+def to_train(model: nn.Module) -> bool:
+    """Put a model that is in eval mode into train mode, whole unless a part of it is; return whether it was whole."""
+    if whole := not any(module.training for module in model.modules()):
+        model.train()
+    else:  # whoever left some in train mode meant the others
+        model.training = True
+    return whole
+
+
 def back_to_train(loop: Session) -> None:
     """Put a model that someone left in eval mode back into the modes it had, and warn once."""
-    root, others = loop.state.model, list(loop.state.model.modules())[1:]
-    if any(module.training for module in others):  # whoever left some in train mode meant the others
-        root.training = True
-    else:
-        for module in (root, *others):
+    if to_train(loop.state.model):
+        for module in loop.state.model.modules():
             module.training = loop.modes.get(module, True)
     warn_once(loop, "eval", "the model was left in eval mode: model.training was False after step "
                             f"{loop.state.step}, so its modules were put back into the modes that they had; call model.train() "

@@ -23,7 +23,7 @@ from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, whole
 from .dispatch import AROUND, PLAN, Dispatch, check, note, overridden, table
 from .feed import Feed
-from .guards import back_to_train, check_trained, modes_of
+from .guards import back_to_train, check_trained, modes_of, to_train
 from .mean import Mean
 from .plan import count_steps, update_samples
 from .ranks import rank_and_world
@@ -138,7 +138,7 @@ class Session(Dispatch):
         state, self._begun = self.state, True
         state.loader, state.total_steps, state.epoch_samples = loader, None, None
         if not state.model.training:
-            state.model.train()
+            to_train(state.model)
         self.modes = modes_of(state.model)
         if loader is not None:
             state.total_steps = count_steps(self.callbacks, state, *self._end)
