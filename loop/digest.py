@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -63,15 +62,9 @@ def of_batch(batch: Any, size: int, start: int, device: torch.device) -> Tensor:
 
     What has no sample dimension counts once, with the first cut; of objects that are no numbers or text only the type does.
     """
-    found, together = torch.zeros((), dtype=torch.int64, device=device), leaves(batch)
-    lists = Counter(path.rpartition("[")[0] for path, _ in together)  # a list of `size` entries holds one for each sample
-    for path, x in together:
-        if type(x).__module__ == "numpy" and getattr(getattr(x, "dtype", None), "kind", "O") in "biufc":
-            x = torch.as_tensor(x)
-        parent, _, number = path.rpartition("[")
-        each = number[:-1].isdecimal() and lists[parent] == size and not isinstance(x, Tensor)
-        place = start + int(number[:-1]) if each else 0
-        key = zlib.crc32((parent if each else path).encode())
+    found = torch.zeros((), dtype=torch.int64, device=device)
+    for path, x in leaves(batch):
+        key, x = zlib.crc32(path.encode()), plain(x)
         if isinstance(x, Tensor) and (x.is_sparse or x.is_nested):
             parts = [x.coalesce().indices(), x.coalesce().values()] if x.is_sparse else list(x.unbind())
             found = found + mixed(whole(parts, device) + key) * (2 * start + 1)
@@ -80,10 +73,30 @@ def of_batch(batch: Any, size: int, start: int, device: torch.device) -> Tensor:
             if count == size or start == 0:
                 places = torch.arange(start, start + count, dtype=torch.int64, device=x.device) * 2 + 1
                 found = found + (mixed(rows(x, count) + key) * places).sum().to(device)
-        elif not isinstance(x, Tensor) and (each or start == 0):
-            text = repr(x) if isinstance(x, int | float | complex | str | bytes | None) else type(x).__qualname__
-            found = found + zlib.crc32(text.encode(), key) * (2 * place + 1)
+        elif isinstance(x, list | tuple) and len(x) == size:
+            found = found + sum(text(one, key) * (2 * place + 1) for place, one in enumerate(x, start))
+        elif not isinstance(x, Tensor) and start == 0:
+            for one in x if isinstance(x, list | tuple) else [x]:
+                key = text(one, key)
+            found = found + key
     return found
+
+
+def plain(x: Any) -> Any:
+    """Return NumPy's arrays and numbers as tensors, lists or numbers."""
+    if type(x).__module__ != "numpy" or not hasattr(x, "tolist"):
+        return x
+    if x.ndim and x.dtype.kind in "biufc" and x.dtype.itemsize <= (16 if x.dtype.kind == "c" else 8):
+        return torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C"))
+    return x.tolist()
+
+
+def text(x: Any, key: int) -> int:
+    """Return a checksum of a number or text, of anything else one of its type."""
+    x = plain(x)
+    return zlib.crc32(
+        (repr(x) if isinstance(x, int | float | complex | str | bytes | None) else type(x).__qualname__).encode(), key
+    )
 
 
 def of_generators(device: torch.device) -> int:

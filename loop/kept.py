@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .groups import put
-from .redo import tensors
+from .redo import shaped, tensors
 from .state import State
 from .store import Copies, Named, reduced
 
@@ -19,7 +19,7 @@ log = logging.getLogger("hookloop")
 
 def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite."""
-    named, copies = Named(state.model, state.optimizer), Copies()
+    named, copies = Named(shaped(state.model), state.optimizer), Copies()
     found = copies.of({"step": state.step, "model": named.model_state(), "optimizer": named.optimizer_state(),
                        "unsaved": unsaved(state, named)})  # fmt: skip
     copies.wait()

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .batch import leaves
 from .chunk import Chunk
@@ -18,7 +19,7 @@ class Snapshot:
     """Kept from a step's start: buffers by name, since a forward may fill or rebind them (BatchNorm bumps no version)."""
 
     def __init__(self, state: State) -> None:
-        self.generators, self.model = generators(state.device), state.model
+        self.generators, self.model = generators(state.device), shaped(state.model)
         ours = {p for group in state.optimizer.param_groups for p in group["params"]}
         self.outside = [p for p in state.model.parameters() if p.requires_grad and p not in ours]
 
@@ -80,6 +81,14 @@ class BeforeUpdate:
             p.grad = grad
         for generator, drawn in self.streams:
             generator.set_state(drawn)
+
+
+def shaped(model: nn.Module) -> nn.Module:
+    """Refuse a model with lazy modules that have no shape yet: what their first forward makes could not be undone."""
+    if lazy := [name for name, x in (*model.named_parameters(), *model.named_buffers()) if is_lazy(x)]:
+        raise ValueError(f"{lazy[0]} has no shape yet, so a step could not be undone; run one batch through the model before "
+                         "training")  # fmt: skip
+    return model
 
 
 def shell(x: Any) -> Any:

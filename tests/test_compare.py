@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import FORMS, KillAt, Killed, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
@@ -275,6 +276,54 @@ def test_a_batch_is_the_sum_of_its_cuts_and_no_other_order() -> None:
     turned = torch.cat([x[1:], x[:1]])
     for other in ({"x": turned, "y": y}, {"x": x, "y": y.roll(1)}, {"x": x, "y": y + 1}, {"x": x, "y": y, "z": "a"}):
         assert int(digest.of_batch(other, 12, 0, CPU)) != int(whole)
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "numbers", "numpy", "nested lists", "sparse", "jagged", "mixed"])
+def test_batches_of_other_things_than_tensors(kind: str) -> None:
+    """Another value or order is another digest; where the entries are samples, cuts add up."""
+    made: dict[str, Callable[[list[int]], Any]] = {
+        "text": lambda ns: [f"a{n}" for n in ns], "bytes": lambda ns: [bytes([n]) for n in ns],
+        "numbers": lambda ns: [n / 7 for n in ns], "numpy": lambda ns: np.array(ns, dtype=np.uint16),
+        "nested lists": lambda ns: {"x": [torch.tensor(ns), [str(n) for n in ns]]},
+        "sparse": lambda ns: torch.diag(torch.tensor(ns, dtype=torch.float32)).to_sparse(),
+        "jagged": lambda ns: torch.nested.nested_tensor([torch.full((n + 1,), float(n)) for n in ns], layout=torch.jagged),
+        "mixed": lambda ns: {"words": [f"a{n}" for n in ns], "x": torch.tensor(ns), "scale": 3},
+    }  # fmt: skip
+    numbers = [3, 1, 4, 0, 5, 2]
+    whole = digest.of_batch(made[kind](numbers), 6, 0, CPU)
+    assert int(digest.of_batch(made[kind](list(numbers)), 6, 0, CPU)) == int(whole)
+    others = [[1, 3, 4, 0, 5, 2], [3, 1, 4, 0, 5, 6], numbers[::-1]]
+    assert len({int(whole), *(int(digest.of_batch(made[kind](other), 6, 0, CPU)) for other in others)}) == 4
+    if kind not in ("sparse", "jagged"):  # which can't be cut either
+        cuts = [digest.of_batch(made[kind](numbers[a:b]), b - a, a, CPU) for a, b in ((0, 2), (2, 3), (3, 6))]
+        assert int(sum(cuts)) == int(whole)
+
+
+def test_objects_are_no_difference_from_run_to_run() -> None:
+    """Their address, which `repr` shows, is another in each process."""
+    assert int(digest.of_batch([object(), 1], 2, 0, CPU)) == int(digest.of_batch([object(), 1], 2, 0, CPU))
+
+
+def test_an_update_that_was_left_out_leaves_no_digest(tmp_path: Path) -> None:
+    """The third try is skipped: what is logged for update 3 is of the try that was applied."""
+
+    class Skip(Callback):
+        def on_before_optimizer_step(self, state: State) -> None:
+            if state.step + state.skipped == 2:
+                state.skip("asked")
+
+    one = list(loader(48, shuffle=False))
+    run(tmp_path / "a", Skip(), train=one)
+    first = Seed(1)
+    model = net(noise=False, seed=5)
+    del first
+    for name, data, more in (("b", one, [Skip()]), ("c", one[:2] + one[3:], [])):
+        model = net(noise=False, seed=5)
+        loop = Loop(model, adamw(model), [Seed(1), TensorBoard(tmp_path / name, every=1), Fingerprint(1), *more])
+        built_in(loop, loss_fn, data, epochs=1)
+    found = compare(tmp_path / "b", tmp_path / "c")
+    assert found.step is None or found.kinds[0] == "rng", str(found)
+    assert found.steps == list(range(1, 6))
 
 
 # the command line

@@ -70,7 +70,9 @@ def test_chance_is_called_chance() -> None:
 
 
 def test_without_any_spread() -> None:
-    found = repeat({"a": lambda seed: 1.0, "b": lambda seed: 1.0, "c": lambda seed: 2.0})
+    with pytest.warns(UserWarning, match=r"[abc] gave val_loss=[12]\.0 with every seed: does it build all anew") as seen:
+        found = repeat({"a": lambda seed: 1.0, "b": lambda seed: 1.0, "c": lambda seed: 2.0})
+    assert len(seen) == 3
     assert (found.difference("a", "b").p, found.difference("a", "c").p) == (1.0, 0.0)
     assert found["a"].interval() == (1.0, 1.0)
     assert found.difference("a", "c").interval() == (1.0, 1.0)
@@ -80,11 +82,13 @@ def test_without_any_spread() -> None:
 @pytest.mark.parametrize(("what", "says"), [
     ({"seeds": 1}, "seeds must be at least two different ones, not 1"), ({"seeds": True}, "seeds must be at least two"),
     ({"seeds": [3, 3]}, "seeds must be at least two different ones"), ({"seeds": []}, "seeds must be at least two"),
+    ({"seeds": ()}, "seeds must be at least two"), ({"run": {}}, "run is an empty mapping"),
+    ({"seeds": [0, 1.5]}, "seeds must be whole numbers, not 1.5"), ({"seeds": [0, True]}, "seeds must be whole numbers"),
     ({"seeds": "ab"}, "seeds must be whole numbers"), ({"metric": "none"}, r"metric='none' is not among what small gave"),
 ])  # fmt: skip
 def test_bad_arguments(what: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        repeat(small, **what)
+        repeat(**{"run": small, **what})
 
 
 def test_what_is_not_finite_has_no_spread() -> None:
@@ -92,9 +96,23 @@ def test_what_is_not_finite_has_no_spread() -> None:
         repeat({"it": lambda seed: float("nan") if seed else 1.0})
 
 
-@pytest.mark.parametrize("given", [0.5, torch.tensor(0.5), np.float32(0.5), {"val_loss": 0.5, "x": 1}])
-def test_what_a_run_may_return(given: Any) -> None:
-    assert repeat(lambda seed: given, seeds=(4, 9)).samples[0].values == (0.5, 0.5)
+@pytest.mark.parametrize("as_", [float, torch.tensor, np.float32, lambda x: {"val_loss": x, "x": 1}])
+@pytest.mark.parametrize("seeds", [(4, 8), np.array([4, 8])])
+def test_what_a_run_may_return(as_: Any, seeds: Any) -> None:
+    sample = repeat(lambda seed: as_(seed / 16), seeds=seeds).samples[0]
+    assert (sample.values, sample.seeds) == ((0.25, 0.5), (4, 8))
+    assert all(type(seed) is int for seed in sample.seeds)
+
+
+def test_a_failed_run_costs_none_of_those_that_ended() -> None:
+    def run(seed: int) -> float:
+        if seed == 2:
+            raise RuntimeError("no more memory")
+        return seed / 4
+
+    with pytest.raises(RuntimeError, match="no more memory") as caught:
+        repeat(run)
+    assert caught.value.__notes__ == ["in run with seed 2; val_loss of what had ended: {'run': [0.0, 0.25]}"]
 
 
 def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
