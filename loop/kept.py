@@ -23,6 +23,8 @@ def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     found = copies.of({"step": state.step, "model": named.model_state(), "optimizer": named.optimizer_state(),
                        "unsaved": unsaved(state, named)})  # fmt: skip
     copies.wait()
+    # Settings stay as they are when going back; a copy of them would hang on which callback set what first.
+    found["optimizer"]["groups"] = [{"params": group["params"]} for group in found["optimizer"]["groups"]]
     others = {named.clean(name) for name, _ in state.model.named_buffers() if name not in buffers}
     parts = {**{name: x for name, x in found["model"].items() if name not in others},
              **{f"the optimizer's state of {name}": x for name, x in found["optimizer"]["state"].items()}}  # fmt: skip

@@ -25,8 +25,9 @@ PROGRESS = ("step", "skipped", "epoch", "samples")
 def capture(loop: Session) -> store.Contents:
     """Return model, and all else that a run needs to continue to the same bits, as plain data."""
     state, named = loop.state, store.Named(loop.state.model, loop.state.optimizer)
-    callbacks = {c.key: kept for c in sorted(loop.callbacks, key=lambda c: c.key) if (kept := state_of(c, state.step))}
-    beside = {(c.key, name): callbacks[c.key][name] for c in loop.callbacks for name in c.beside
+    ours = sorted(loop.callbacks, key=lambda c: c.key)
+    callbacks = {c.key: kept for c in ours if (kept := state_of(c, state.step))}
+    beside = {(c.key, name): callbacks[c.key][name] for c in ours for name in c.beside
               if callbacks.get(c.key, {}).get(name) is not None}  # fmt: skip
     for key, name in beside:
         callbacks[key] = {**callbacks[key], name: None}

@@ -837,6 +837,7 @@ class Lazy(nn.Module):
         return self.linear(x - self.mean)
 
 
+@pytest.mark.filterwarnings("ignore:2 parameters require gradients but are in no group")
 def test_oo1_puts_back_what_the_optimizer_does_not_hold_and_buffers_made_by_the_forward() -> None:
     """Gradients of another optimizer's parameters are those of one try; a lazy buffer is the redone step's."""
 

@@ -152,6 +152,7 @@ def test_reports_and_step_values_have_tags_of_their_own(tmp_path: Path) -> None:
 
 def test_groups_table_and_hparams(tmp_path: Path) -> None:
     model = net()
+    model[1].requires_grad_(False)
     optimizer = torch.optim.AdamW([{"params": model[0].parameters(), "weight_decay": 0.3},
                                    {"params": model[-1].parameters(), "lr": 0.5}], lr=0.125)  # fmt: skip
     table = as_text(describe(optimizer, model))
