@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from ..loop.callback import Callback
-from ..loop.checks import among, share, whole
+from ..loop.checks import among, say, share, whole
 from ..loop.memory import memory_of, out_of_memory, too_small
 from ..loop.ranks import smallest
 from ..loop.sizes import Sizes
@@ -97,7 +97,7 @@ class MicroBatch(Callback):
             return self._undone <= 3
         self._tried.append(micro.size)
         if micro.size <= 1 or not self.auto:
-            error.add_note(too_small(self._tried, state.device))
+            say(error, too_small(self._tried, state.device))
             return False
         half = (micro.size + 1) // 2
         log.warning("step %d: %d samples ran out of memory; %d from here on", state.step, micro.size, half)

@@ -1,15 +1,15 @@
 """NonFinite: numbers that are not finite are kept from the weights."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from ..loop.callback import Callback
 from ..loop.checks import among, share, whole
-from ..loop.finite import finite, names, statistics, watched
+from ..loop.finite import finite, names, spoilt, statistics, watched
 from ..loop.host import HostCopy
-from ..loop.kept import keep, put_back
+from ..loop.kept import fits, keep, put_back
 from ..loop.state import State
 
 log = logging.getLogger("hookloop")
@@ -36,22 +36,23 @@ class NonFinite(Callback):
         share("factor", factor)
         self.action, self.patience, self.every, self.factor = action, patience, every, factor
         self.scale, self.row = 1.0, 0
-        self._loss: Tensor | None = None
-        self._host = HostCopy()
-        self._kept: dict[str, Any] | None = None
-        self._buffers = set[str]()
+        self._loss, self._host = cast("Tensor | None", None), HostCopy()
+        self._kept, self._buffers = cast("dict[str, Any] | None", None), cast("set[str] | None", None)
+        self._kept_at: int | None = None  # None: all may have changed since
         self._state: State | None = None
 
     def on_setup(self, state: State) -> None:
-        """Have gradients checked when they are as the optimizer gets them, and buffers kept from each step's start."""
+        """Have gradients checked when they are as the optimizer gets them, and all kept from before a step's first forward."""
         state.checks.append(self._check)
+        state.before.append(self._before)
         state.keep_buffers |= self.action == "skip"
+        self._state = state
 
-    def on_fit_start(self, state: State) -> None:
-        """See which buffers should be finite, and keep what to go back to."""
-        self._state, self._buffers = state, statistics(state)
-        if self.action == "rollback" and self._kept is None:
-            self._kept = keep(state, self._buffers)
+    def _before(self, state: State) -> None:
+        self._state, self._buffers = state, statistics(state) if self._buffers is None else self._buffers
+        if self.action != "rollback" or self._kept_at == state.step or (self._kept_at is not None and state.step % self.every):
+            return
+        self._kept, self._kept_at = keep(state, self._buffers) or self._kept, state.step
 
     def on_micro_end(self, state: State) -> None:
         """Add up no losses, which may overflow, but 0 of each: what is not finite stays so."""
@@ -67,9 +68,9 @@ class NonFinite(Callback):
     def _check(self, state: State) -> None:
         self._read(state)  # of the update before: its work is done, while this one's is queued
         loss, self._loss = state.given_loss if self._loss is None else self._loss, None
-        if not (found := watched(state, loss, self._buffers)):
+        if not (found := watched(state, loss, self._buffers or ())):
             return
-        good = finite(tensor for _, tensor in found)
+        good = finite([tensor for _, tensor in found])
         self._host.put((state.step, [owner for owner, _ in found]), {"good": good}, most_dims=1)
         if self.action == "stop":
             self._read(state, all=False)
@@ -84,8 +85,7 @@ class NonFinite(Callback):
                 continue
             self.row += 1
             bad = [name for name, good in zip(names(state, owners), flags, strict=True) if not good]
-            spoilt = [f"{name} itself" for name, p in state.model.named_parameters() if not p.isfinite().all()]
-            bad = spoilt + bad if state.step == step else bad + spoilt  # the cause, where this update didn't make it
+            bad = spoilt(state) + bad if state.step == step else bad + spoilt(state)  # the cause, where this update isn't
             text = f"not finite in update {step + 1}: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
             if self.action == "stop":
                 raise FloatingPointError(text)
@@ -99,22 +99,22 @@ class NonFinite(Callback):
             return text
         return None
 
-    def on_step_end(self, state: State) -> None:
-        """Keep what to go back to."""
-        if self.action == "rollback" and state.step % self.every == 0:
-            self._kept = keep(state, self._buffers) or self._kept
-
     def on_fit_end(self, state: State) -> None:
         """Read the last verdict."""
+        self._state = self._kept_at = None
         self._read(state)
-        self._state = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return, once the last verdict is read, the rates' scale, bad updates in a row, what to go back to."""
         if self._state is not None:
             self._read(self._state)
-        return {"scale": self.scale, "row": self.row, "kept": self._kept}
+        return {"action": self.action, "scale": self.scale, "row": self.row, "kept": self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        self.scale, self.row, self._kept = state["scale"], state["row"], state["kept"]
+        """Take them back; raises ValueError where rollbacks lowered rates and `action` is another now."""
+        if state["action"] != self.action and state["scale"] != 1.0:
+            raise ValueError(f"action={self.action!r}, and rollbacks before it have multiplied the rates by {state['scale']:g}: "
+                             "go on with action='rollback', or with rates of your own choice")  # fmt: skip
+        self.scale, self.row = state["scale"], state["row"]
+        if self.action == "rollback" and state["kept"] and self._state is not None and fits(self._state, state["kept"]):
+            self._kept, self._kept_at = state["kept"], state["kept"]["step"]

@@ -77,6 +77,12 @@ def check_loader(name: str, loader: Any) -> None:
         raise TypeError(f"{name} must give batches when iterated, as a DataLoader does, not a {type(loader).__name__}{hint}")
 
 
+def say(error: BaseException, text: str) -> None:
+    """Add a note to an error; one that takes none stays as it is."""
+    with contextlib.suppress(Exception):
+        error.add_note(text)
+
+
 def check_parameters(model: torch.nn.Module, optimizer: Any) -> None:
     """Refuse a model without parameters, and an optimizer that holds none of them: nothing would be trained."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from .batch import leaves
+from .checks import say
 from .order import length
 from .rng import isolated
 
@@ -24,11 +25,11 @@ def explain(error: BaseException, loader: Any, source: Iterator[Any], where: str
     """Note on an error in reading which samples were read, which of them is odd, and which worker died."""
     listed = list(indices) if isinstance(indices, list | tuple) else [] if indices is None else [indices]
     more = ", ..." if len(listed) > 64 else ""
-    error.add_note(f"in reading {where}" + (f", samples {str(listed[:64])[1:-1]}{more}" if listed else ""))
+    say(error, f"in reading {where}" + (f", samples {str(listed[:64])[1:-1]}{more}" if listed else ""))
     if hasattr(source, "_workers"):  # torch's frames hold the error itself: a cycle, and all of the run would hang on it
         traceback.clear_frames(error.__traceback__)
     if not died(error, source) and listed:
-        error.add_note(_odd(loader.dataset, listed))
+        say(error, _odd(loader.dataset, listed))
 
 
 def died(error: BaseException, source: Iterator[Any]) -> bool:
@@ -36,7 +37,7 @@ def died(error: BaseException, source: Iterator[Any]) -> bool:
     workers = [w for w in getattr(source, "_workers", ()) if w.exitcode]
     for worker in workers:
         how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"exit code {worker.exitcode}"
-        error.add_note(f"worker pid {worker.pid} died ({how}): often a lack of memory or of shared memory (/dev/shm); give it "
+        say(error, f"worker pid {worker.pid} died ({how}): often a lack of memory or of shared memory (/dev/shm); give it "
                        "more, or fewer workers or smaller batches")  # fmt: skip
     return bool(workers)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .callback import HOOKS, Callback
-from .checks import whole
+from .checks import say, whole
 from .guards import warn_once
 from .state import MicroEnd, State
 
@@ -80,7 +80,7 @@ def table(callbacks: Iterable[Callback]) -> dict[str, tuple[Method, ...]]:
 
 def note(error: BaseException, method: Any, hook: str, step: int) -> None:
     """Say in which callback's hook an error arose."""
-    error.add_note(f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")
+    say(error, f"in {type(getattr(method, '__self__', None)).__name__}.{hook} at step {step}")
 
 
 class Timed:
@@ -111,9 +111,11 @@ class Dispatch:
     slow: tuple[str, ...] = ()  # in the last sample
 
     def sample(self) -> None:
-        """Begin to time an update's hooks, or end it and warn, once each, of what was slow in two samples running."""
-        now, sampling = time.perf_counter(), self.sampling
+        """Time the hooks of some updates, and warn, once each, of what was slow in two of them running."""
+        step, sampling, now = self.state.step, self.sampling, time.perf_counter()
         if sampling is None:
+            if step % 97 != 96 and step not in (8, 16):  # a prime, which meets nobody's interval time and again
+                return
             self.sampling = now, self.hooks
             self.hooks = {hook: tuple([Timed(method, hook) for method in self.hooks[hook]]) for hook in self.hooks}
             return
@@ -161,7 +163,7 @@ class Dispatch:
             return any(self._run("on_exception"))
         except Exception as problem:  # the first error wins
             places = "; ".join(getattr(problem, "__notes__", ()))
-            error.add_note(f"then, while handling it: {type(problem).__name__}: {problem} ({places})")
+            say(error, f"then, while handling it: {type(problem).__name__}: {problem} ({places})")
             return False
         finally:
             self.state.exception = self.state.micro = None

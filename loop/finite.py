@@ -16,9 +16,18 @@ from .store import Named
 def watched(state: State, loss: Any, buffers: Container[str]) -> list[tuple[str | Tensor, Tensor]]:
     """Return what an update's verdict hangs on, and what it is: its loss, each parameter's gradient, some buffers."""
     loss = loss if loss is None or isinstance(loss, Tensor) else torch.tensor(float(loss))
-    found: list[tuple[str | Tensor, Tensor]] = [] if loss is None else [("the loss", loss)]
-    found += [(p, p.grad) for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None and p.numel()]
-    return found + [(f"buffer {name}", b) for name, b in state.model.named_buffers() if name in buffers]
+    held: list[tuple[str | Tensor, Tensor]] = [] if loss is None else [("the loss", loss)]
+    held += [(p, p.grad) for g in state.optimizer.param_groups for p in g["params"] if p.grad is not None]
+    held += [(f"buffer {name}", b) for name, b in state.model.named_buffers() if name in buffers]
+    return [(owner, x) for owner, found in held if (x := numbers_of(found)) is not None]
+
+
+def numbers_of(x: Tensor) -> Tensor | None:
+    """Return what of a tensor can be infinite or NaN, sparse ones and complex ones too; None where nothing can."""
+    if is_lazy(x) or not x.numel() or not (x.is_complex() or (x.is_floating_point() and x.itemsize > 1)):
+        return None
+    x = values_of(x) if x.layout in (torch.strided, torch.sparse_coo) else x.values()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x  # a magnitude could overflow
 
 
 def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
@@ -27,18 +36,22 @@ def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
     return [owner if isinstance(owner, str) else f"the gradient of {held.get(id(owner))}" for owner in owners]
 
 
+def spoilt(state: State) -> list[str]:
+    """Return which weights are not finite; waits for the device."""
+    held = {name: numbers_of(p) for name, p in state.model.named_parameters()}
+    return [f"{name} itself" for name, p in held.items() if p is not None and not p.isfinite().all()]
+
+
 def statistics(state: State) -> set[str]:
     """Return the buffers that should be finite: those that are saved, and hold no infinity by design as a mask does."""
     saved = state.model.state_dict(keep_vars=True).keys()
-    held = {name: b for name, b in state.model.named_buffers() if name in saved and not is_lazy(b) and b.numel()}
-    held = {name: b for name, b in held.items() if b.is_complex() or (b.is_floating_point() and b.itemsize > 1)}
-    return {name for name, b in held.items() if not b.isinf().any() or b.isnan().any()}
+    held = {name: numbers_of(b) for name, b in state.model.named_buffers() if name in saved and not b.is_meta}
+    return {name for name, b in held.items() if b is not None and (not b.isinf().any() or b.isnan().any())}
 
 
 def finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Return, for each tensor, whether all of it is finite, as one vector on the first one's device."""
-    dense = [values_of(t) for t in tensors]
-    dense = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]  # a magnitude could overflow
+    """Return, for each of `numbers_of`, whether all of it is finite, as one vector on the first one's device."""
+    dense = list(tensors)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(dense):
         kinds.setdefault((t.device, t.dtype), []).append(i)

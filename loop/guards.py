@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import leaves
+from .checks import say
 from .groups import fold
 from .store import Named
 
@@ -46,6 +47,13 @@ def back_to_train(loop: Session) -> None:
                             f"{loop.state.step}, so its modules were put back into the modes that they had; call model.train() "
                             "after model.eval() in a callback or between steps, and to freeze a layer put that layer into "
                             "eval mode, not the model")  # fmt: skip
+
+
+def left_in_eval(loop: Session) -> None:
+    """Warn, once, of updates of a model that was in train mode before: around a loop of the user's own nothing is changed."""
+    if loop.modes and not loop.state.model.training:
+        warn_once(loop, "eval", f"the model is in eval mode in the update after step {loop.state.step}, and was in train mode "
+                                "before: call model.train() after model.eval()")  # fmt: skip
 
 
 def back_to_eval(loop: Session, model: nn.Module) -> None:
@@ -106,7 +114,7 @@ def name_devices(error: BaseException, model: nn.Module, batch: Any) -> None:
     else:
         return
     places = [f"{name} is on {device}" for found in (held, given) for device, name in found.items()]
-    error.add_note(f"devices: {', '.join(places)}; {remedy}")
+    say(error, f"devices: {', '.join(places)}; {remedy}")
 
 
 def name_sparse(error: BaseException, state: State) -> None:
@@ -114,5 +122,5 @@ def name_sparse(error: BaseException, state: State) -> None:
     found = Named(state.model, state.optimizer)
     decayed = {id(p) for g in state.optimizer.param_groups if g.get("weight_decay") for p in g["params"]}
     if names := [n for n, p in found.tensors.items() if p.grad is not None and p.grad.is_sparse and id(p) in decayed]:
-        error.add_note(f"the gradient of {fold(names[:5])} is sparse, and torch's optimizers give no decay to those: set it to 0 "
+        say(error, f"the gradient of {fold(names[:5])} is sparse, and torch's optimizers give no decay to those: set it to 0 "
                        f"there, as with WeightDecay({{{names[0]!r}: 0.0}})")  # fmt: skip

@@ -8,51 +8,74 @@ from collections.abc import Container
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .finite import numbers_of
 from .groups import put
-from .redo import shaped, tensors
+from .redo import overlapping, shaped, tensors
 from .state import State
-from .store import Copies, Named, reduced
+from .store import Copies, Named
 
 log = logging.getLogger("hookloop")
+Slot = tuple[dict[str, Tensor | None], str]  # a module's buffers, and the name of one
 
 
 def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite."""
     named, copies = Named(shaped(state.model), state.optimizer), Copies()
-    found = copies.of({"step": state.step, "model": named.model_state(), "optimizer": named.optimizer_state(),
-                       "unsaved": unsaved(state, named)})  # fmt: skip
-    copies.wait()
+    places, optimizer = slots(state, named), named.optimizer_state()
     # Settings stay as they are when going back; a copy of them would hang on which callback set what first.
-    found["optimizer"]["groups"] = [{"params": group["params"]} for group in found["optimizer"]["groups"]]
-    others = {named.clean(name) for name, _ in state.model.named_buffers() if name not in buffers}
-    parts = {**{name: x for name, x in found["model"].items() if name not in others},
-             **{f"the optimizer's state of {name}": x for name, x in found["optimizer"]["state"].items()}}  # fmt: skip
-    bad = [name for name, part in parts.items() for x in tensors(part)
-           if (x.is_floating_point() or x.is_complex()) and x.itemsize > 1 and not x.isfinite().all()]  # fmt: skip
+    optimizer["groups"] = [{"params": group["params"]} for group in optimizer["groups"]]
+    weights = {name: x for name, x in named.model_state().items() if name not in places}
+    found = copies.of({"step": state.step, "weights": weights, "optimizer": optimizer,
+                       "buffers": {name: owner[own] for name, (owner, own) in places.items()}})  # fmt: skip
+    copies.wait()
+    judged = {named.clean(name) for name, _ in state.model.named_buffers() if name in buffers}
+    parts = {**found["weights"], **{name: x for name, x in found["buffers"].items() if name in judged},
+             **{f"the optimizer's state of {name}": x for name, x in optimizer["state"].items()}}  # fmt: skip
+    bad = [name for name, part in parts.items() for x in map(numbers_of, tensors(part))
+           if x is not None and not x.isfinite().all()]  # fmt: skip
     if bad:
         log.warning("nothing new is kept to roll back to: after update %d %s is not finite", state.step, ", ".join(bad[:4]))
     return None if bad else found
 
 
-def unsaved(state: State, named: Named) -> dict[str, Any]:
-    """Return the buffers that are in no state dict."""
-    held = state.model.state_dict().keys()
-    return {named.clean(name): b for name, b in state.model.named_buffers() if name not in held}
+def slots(state: State, named: Named) -> dict[str, Slot]:
+    """Return where each buffer is held, by name; also the empty places."""
+    modules = state.model.named_modules()
+    return {named.clean(f"{path}.{name}" if path else name): (m._buffers, name) for path, m in modules for name in m._buffers}
+
+
+def fits(state: State, kept: dict[str, Any]) -> bool:
+    """Tell whether weights and optimizer are still those that were kept: a run may be resumed with other layers."""
+    named = Named(state.model, state.optimizer)
+    mine = {name: getattr(x, "shape", None) for name, x in named.model_state().items() if name not in slots(state, named)}
+    theirs = {name: getattr(x, "shape", None) for name, x in kept["weights"].items()}
+    return mine == theirs and named.kind == kept["optimizer"]["kind"]
 
 
 def put_back(state: State, kept: dict[str, Any]) -> None:
     """Go back to it; the rates and other settings of the parameter groups stay as they are now."""
     named, groups = Named(state.model, state.optimizer), [*state.optimizer.param_groups]
-    now = [reduced({k: v for k, v in group.items() if k != "params"}) for group in groups]
-    named.load_model(kept["model"])
+    now = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"} for group in groups]
+    # Torch and modules take what they are given as it is, and would go on in what is kept.
+    named.load_model({name: x if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in kept["weights"].items()})
     state.optimizer.state.clear()  # what has come since the copy, too
-    own = copy.deepcopy(kept["optimizer"])  # torch takes tensors as they are, and would go on in what is kept
-    named.load_optimizer(own, named.options(), named.options())
+    named.load_optimizer(copy.deepcopy(kept["optimizer"]), named.options(), named.options())
     with torch.no_grad():
-        for name, b in unsaved(state, named).items():
-            if name in kept["unsaved"] and kept["unsaved"][name].shape == b.shape:
-                b.copy_(kept["unsaved"][name])
+        for name, (owner, own) in slots(state, named).items():
+            put_buffer(owner, own, kept["buffers"].get(name), state.device)
+            if name not in kept["buffers"]:
+                del owner[own]
         state.optimizer.param_groups[:] = groups  # loading made them anew, and others hold these
         for group, settings in zip(groups, now, strict=True):
             put(group, settings)
+
+
+def put_buffer(owner: dict[str, Tensor | None], name: str, kept: Tensor | None, device: torch.device) -> None:
+    """Fill a buffer where it is, or put another in its place where that is of another shape."""
+    buffer = owner[name]
+    if kept is None or buffer is None or buffer.shape != kept.shape:
+        owner[name] = None if kept is None else kept.to(device if buffer is None else buffer.device, copy=True)
+    elif not overlapping(buffer):  # which nobody can have written to
+        buffer.copy_(kept)

@@ -20,8 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_end, check_loader, check_validation, whole
+from .around import given, left_out
+from .checks import check_end, check_loader, check_validation, say, whole
 from .evaluate import evaluate
+from .guards import left_in_eval
 from .redo import BeforeUpdate
 from .rng import Streams
 from .session import Session, log
@@ -167,12 +169,10 @@ class Loop(Session):
         """
         if self._phase == "inside":
             raise RuntimeError("loop.updating inside loop.steps would apply the step twice; loop.update() applies it")
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
-            raise ValueError(f"samples must be a whole number, at least 0, not {samples!r}")
-        shown = {} if loss is None else {"loss": loss.detach() if isinstance(loss, Tensor) else float(loss)}
-        if isinstance(loss, Tensor) and loss.dim():
-            raise ValueError(f"loss must be a 0-d tensor or a number, not shape {tuple(loss.shape)}")
+        shown = given(loss, samples)
         self._begin(None)
+        self.first.late()
+        left_in_eval(self)
         self.state.given_loss = shown.get("loss")
         if self.state._saves:  # before this update changes what they are to hold
             self._flush()
@@ -183,13 +183,13 @@ class Loop(Session):
             finally:
                 self.state.restore_rates(before)
         else:
-            self.state.optimizer.zero_grad(set_to_none=True)
-            yield
-        applied = self._settle(applied)
-        if applied:
+            with left_out(self.state.optimizer):
+                yield
+        if self._settle(applied):
             self._count(samples, shown, samples or 1)
         else:
             self._count_skipped(samples)
+        self.first.arm(self.state)
 
     def evaluate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any) -> dict[str, float]:
         """Return `val_loss` and `val_<name>` over a loader, `val_<loader>_<name>` over a mapping of loaders."""
@@ -274,7 +274,7 @@ class Loop(Session):
                 kept.put_back()
                 return False
             self._torn = True
-            error.add_note("in the optimizer's step, which can't be redone: weights may be half updated; go on from the last "
+            say(error, "in the optimizer's step, which can't be redone: weights may be half updated; go on from the last "
                            "checkpoint")  # fmt: skip
             raise
 

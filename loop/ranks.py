@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from .checks import say
+
 if TYPE_CHECKING:
     from .step import Step
 
@@ -71,7 +73,7 @@ def redoes(step: Step, error: Exception, size: int) -> bool:
     if loop.state.world == 1:
         return loop.redoes(error, size)
     if not step.rehearsal:
-        error.add_note("in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from the "
+        say(error, "in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from the "
                        "last checkpoint")  # fmt: skip
         return False
     answer = loop.redoes(error, size)

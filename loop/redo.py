@@ -25,8 +25,8 @@ class Snapshot:
 
     def take(self, chunks: list[Chunk]) -> None:
         """Remember the moment before a step's first forward."""
-        held = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
-        self.buffers = [(owner, name, buffer, None if buffer is None else buffer.clone()) for owner, name, buffer in held]
+        held = [(m._buffers, [*m._buffers.items()]) for m in self.model.modules()]
+        self.buffers = [(owner, [(name, b, None if b is None else b.clone()) for name, b in found]) for owner, found in held]
         self.grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.outside]
         self.states = [generator.get_state() for generator in self.generators]
         found = [(path, x) for chunk in chunks for path, x in leaves(chunk.data) if isinstance(x, Tensor)]
@@ -50,10 +50,16 @@ class Snapshot:
     @torch.no_grad()
     def put_back_buffers(self) -> None:
         """Undo what the step's forwards did to buffers."""
-        for owner, name, buffer, kept in self.buffers:
-            if buffer is not None and kept is not None:
-                buffer.copy_(kept)
-            owner[name] = buffer
+        for owner, found in self.buffers:
+            owner.clear()  # of what came by since, too
+            for name, buffer, kept in found:
+                owner[name] = buffer
+                if buffer is None or kept is None or overlapping(buffer):  # which nobody can have written to
+                    continue
+                if buffer.shape == kept.shape:
+                    buffer.copy_(kept)
+                else:
+                    buffer.set_(kept.clone())  # type: ignore[call-overload]
 
 
 class BeforeUpdate:
@@ -81,6 +87,15 @@ class BeforeUpdate:
             p.grad = grad
         for generator, drawn in self.streams:
             generator.set_state(drawn)
+
+
+def overlapping(x: Tensor) -> bool:
+    """Tell whether several places of a tensor are one in memory, as in an expanded one."""
+    return (
+        x.layout == torch.strided
+        and not x.is_nested
+        and any(n > 1 and not step for n, step in zip(x.shape, x.stride(), strict=True))
+    )
 
 
 def shaped(model: nn.Module) -> nn.Module:

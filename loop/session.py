@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
+from .around import FirstForward, check_around
 from .callback import Callback
-from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, whole
-from .dispatch import AROUND, PLAN, Dispatch, check, note, overridden, table
+from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
+from .dispatch import Dispatch, check, note, table
 from .feed import Feed
 from .guards import back_to_train, check_trained, modes_of, to_train
 from .mean import Mean
@@ -73,6 +74,7 @@ class Session(Dispatch):
         self.settings: list[dict[str, Any]] = []  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
+        self.first = FirstForward(model, self._before_forward)
         self.rng_to_restore: dict[str, Any] | None = None
         self.modes: dict[nn.Module, bool] = {}  # of the model's modules while it trains
         self.warned = set()
@@ -111,15 +113,13 @@ class Session(Dispatch):
                 for callback in self.callbacks:
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
-                state.writers, state.checks = [], []  # of an entry that failed
+                state.writers, state.checks, state.before = [], [], []  # of an entry that failed
                 self._run("on_setup")
                 self.settings = Named(state.model, state.optimizer).options()
                 if self.resume is not None:
                     restore(self, self.resume, self.strict)
                 self._was_set_up = True
-            if state.keep_buffers:
-                self.snapshot = Snapshot(state)
-                self.snapshot.take([])
+            self.first.arm(state)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -131,14 +131,15 @@ class Session(Dispatch):
             return
         if not self._entered:
             raise RuntimeError("this must run inside `with loop:`")
-        if loader is None:
-            self._check_around()
-        else:
-            check_loader("train_loader", loader)
         state, self._begun = self.state, True
         state.loader, state.total_steps, state.epoch_samples = loader, None, None
-        if not state.model.training:
-            to_train(state.model)
+        if loader is None:
+            check_around(self.callbacks)
+        else:
+            check_loader("train_loader", loader)
+            self.first.disarm()
+            if not state.model.training:
+                to_train(state.model)
         self.modes = modes_of(state.model)
         if loader is not None:
             state.total_steps = count_steps(self.callbacks, state, *self._end)
@@ -151,7 +152,7 @@ class Session(Dispatch):
             self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
         if state.seed is not None:
             self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
-        if self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
+        if loader is not None and self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
             self.snapshot = Snapshot(state)
         self._run("on_fit_start")
         if loader is None:  # else before each epoch
@@ -189,13 +190,6 @@ class Session(Dispatch):
         if feed.empty:
             raise ValueError(feed.empty)
 
-    def _check_around(self) -> None:
-        for callback in self.callbacks:
-            missing = sorted(overridden(callback) - AROUND - set(callback.optional))
-            if missing := missing or [f"to decide state.{setting}" for setting in callback.owns if setting in PLAN]:
-                raise ValueError(f"{type(callback).__name__} needs {', '.join(missing)}, which does not run around a loop "
-                                 "of your own; use loop.fit or loop.epochs, loop.steps, or leave it out")  # fmt: skip
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         problems: list[BaseException] = []
 
@@ -224,9 +218,10 @@ class Session(Dispatch):
             attempt(functools.partial(self._step.fail, None))
             self._step.release()
         if error is not None and self.feed.blames(error):
-            error.add_note(f"after step {self.state.step}")
+            say(error, f"after step {self.state.step}")
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None
+        self.first.disarm()
         self.state.spent, self.state.since = self.state.seconds, None
         first = error
         acts, self.state.at_exit = self.state.at_exit, []
@@ -236,20 +231,26 @@ class Session(Dispatch):
             if first is None:
                 first = problem
             elif problem is not first:
-                first.add_note(f"then, while ending: {type(problem).__name__}: {problem}")
+                say(first, f"then, while ending: {type(problem).__name__}: {problem}")
         if isinstance(first, Exception) and self.state.saved is not None:
-            first.add_note(f"the last checkpoint is {self.state.saved}")
+            say(first, f"the last checkpoint is {self.state.saved}")
         if error is None and first is not None:
             raise first
 
+    def _before_forward(self) -> None:
+        """Let callbacks look, and keep buffers, where a step of a loop of the user's own begins."""
+        for act in self.state.before:
+            act(self.state)
+        if self.state.keep_buffers:
+            self.snapshot = self.snapshot or Snapshot(self.state)
+            self.snapshot.take([])
+
     def _settle(self, applied: bool) -> bool:
         """Return whether the update was applied; where it was left out, put back what may have to be."""
-        state, applied = self.state, applied and self.state.settle()
-        if state.keep_buffers and self.snapshot is not None:
-            if not applied:
-                self.snapshot.put_back_buffers()
-            if state.loader is None:  # around a loop of the user's own the next forward follows, unannounced
-                self.snapshot.take([])
+        self.sample()
+        applied = applied and self.state.settle()
+        if not applied and self.state.keep_buffers and self.snapshot is not None:
+            self.snapshot.put_back_buffers()
         return applied
 
     def _save_last(self) -> None:

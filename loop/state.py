@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .checks import say
 from .goal import number
 from .step import Eager
 
@@ -80,6 +81,7 @@ class State:
     writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
     checks: list[Callable[[State], None]] = field(default_factory=list)  # run when gradients are as the optimizer gets them
+    before: list[Callable[[State], None]] = field(default_factory=list)  # before a step's first forward, once hooks have run
     given_loss: Any = None  # what loop.updating was given
     saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at
@@ -140,11 +142,11 @@ class State:
         A fused optimizer leaves it out on the device, and `reason` is asked once its work is queued; for any other, and
         where a momentum would begin, from memory that a step left out never fills, it is asked at once.
         """
-        momenta = [p for g in self.optimizer.param_groups if g.get("momentum") for p in g["params"] if p.grad is not None]
-        begun = all(self.optimizer.state.get(p) for p in momenta)
-        if begun and self.scaler is None and getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-            self._doubt = reason
+        groups = self.optimizer.param_groups
+        begun = all(self.optimizer.state.get(p) for g in groups if g.get("momentum") for p in g["params"] if p.grad is not None)
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in groups)
+        if begun and fused and self.scaler is None:
+            self.optimizer.found_inf, self._doubt = bad.float(), reason  # type: ignore[attr-defined]
         elif (why := reason()) is not None:
             self.skip(why)
 
@@ -153,7 +155,9 @@ class State:
         doubt, self._doubt = self._doubt, None
         if doubt is None:
             return True
-        del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+        if vars(self.optimizer).pop("found_inf", None) is None:
+            raise RuntimeError("a GradScaler stepped the optimizer, and took its verdict for this Loop's: give it to "
+                               "Loop(scaler=) too")  # fmt: skip
         self.skip_reason = doubt()
         return self.skip_reason is None
 
@@ -215,8 +219,7 @@ class State:
             self.skip_reason = self._skip
             if doubt is not None:
                 doubt()
-        for name in ("grad_scale", "found_inf"):
-            vars(self.optimizer).pop(name, None)
+        vars(self.optimizer).pop("found_inf", None)
         self._rate_factors, self._grad_factors, self._grads_open, self._skip = [], [], False, None
 
     def apply_gradient_factors(self) -> None:
@@ -281,5 +284,5 @@ def computed(name: str, value: Callable[[], Any]) -> Any:
     try:
         return value()
     except Exception as error:
-        error.add_note(f"in computing the logged metric {name!r}")
+        say(error, f"in computing the logged metric {name!r}")
         raise

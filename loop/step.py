@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from . import batch as batches
 from . import ranks
+from .checks import say
 from .chunk import Chunk, piece
 from .guards import back_to_train, name_devices, name_sparse
 from .outputs import checked, detached, singles, weight_of, weighted
@@ -107,7 +108,7 @@ class Micro:
             self.outputs = self._batch = None
             return True
         elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
-            error.add_note(f"BatchNorm met a micro-batch of {self._chunk.size} sample(s): cut at least 2, leave a short last batch "
+            say(error, f"BatchNorm met a micro-batch of {self._chunk.size} sample(s): cut at least 2, leave a short last batch "
                            "out (drop_last=True), or use GroupNorm or LayerNorm")  # fmt: skip
         else:
             name_devices(error, step.loop.state.model, self._chunk.data if self._batch is None else self._batch)
@@ -127,8 +128,8 @@ class Step:
         self._held: tuple[Tensor, Tensor, int] | None = None
         self.done: list[Micro] = []
         self._before = 0
-        if loop.sampling is not None or loop.state.step % 97 == 96:  # a prime, which meets nobody's interval time and again
-            loop.sample()
+        for act in loop.state.before:
+            act(loop.state)
         self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 
     def __iter__(self) -> Iterator[Micro]:

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hookloop.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MicroBatch, NonFinite, Schedule, Warmup
 from hookloop.callbacks import non_finite as module
 from hookloop.loop import Callback, Loop, State
-from hookloop.loop.finite import finite
+from hookloop.loop.finite import finite as finite_numbers
+from hookloop.loop.finite import numbers_of
 from hookloop.loop.host import HostCopy
 
 NAN, INF = math.nan, math.inf
@@ -37,6 +38,12 @@ KINDS = {
     "sparse": lambda ps: torch.optim.SparseAdam(ps, lr=0.01),
     "sparse sgd": lambda ps: torch.optim.SGD(ps, lr=0.05),
 }
+
+
+def finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    found = [x for x in map(numbers_of, tensors) if x is not None]
+    assert len(found) == len(tensors)
+    return finite_numbers(found)
 
 
 class Net(nn.Module):
