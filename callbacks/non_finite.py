@@ -21,7 +21,7 @@ class NonFinite(Callback):
     "stop" raises FloatingPointError, and the last checkpoint is whole; on a device the verdict is read when it has arrived,
     at the latest just before the next update, a save or the end, so that one bad update may have been applied. "skip" drops
     the update, counts it in `state.skipped` and puts buffers back. "rollback" drops it too, goes back to weights, buffers
-    and optimizer state kept after the last of every `every` updates (on the host: as much memory again), and multiplies all
+    and optimizer state as every `every`-th step began with them (kept on the host: as much memory again), and multiplies all
     rates by `factor` from then on; data and counts go on. After `patience` bad updates in a row either raises. Both read one
     verdict an update, for which a fused optimizer waits no longer than the gradients take. A GradScaler's skips come first.
     """

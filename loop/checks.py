@@ -27,8 +27,8 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"optimizer must be a torch optimizer, not {optimizer!r:.60}{hint}")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(f"{type(optimizer).__name__} needs a closure, which a step of several micro-batches can't give; use "
-                        "loop.updating around your own optimizer.step(closure), or another optimizer")  # fmt: skip
+        raise TypeError(f"{type(optimizer).__name__} needs a closure, which a step of several micro-batches can't give; "
+                        "take another optimizer")  # fmt: skip
 
 
 def autocast_context(autocast: Any, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:

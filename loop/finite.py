@@ -39,7 +39,7 @@ def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
 def spoilt(state: State) -> list[str]:
     """Return which weights are not finite; waits for the device."""
     held = {name: numbers_of(p) for name, p in state.model.named_parameters()}
-    return [f"{name} itself" for name, p in held.items() if p is not None and not p.isfinite().all()]
+    return [f"{name} itself" for name, p in held.items() if p is not None and not p.is_meta and not p.isfinite().all()]
 
 
 def statistics(state: State) -> set[str]:

@@ -34,7 +34,7 @@ def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     parts = {**found["weights"], **{name: x for name, x in found["buffers"].items() if name in judged},
              **{f"the optimizer's state of {name}": x for name, x in optimizer["state"].items()}}  # fmt: skip
     bad = [name for name, part in parts.items() for x in map(numbers_of, tensors(part))
-           if x is not None and not x.isfinite().all()]  # fmt: skip
+           if x is not None and not x.is_meta and not x.isfinite().all()]  # fmt: skip
     if bad:
         log.warning("nothing new is kept to roll back to: after update %d %s is not finite", state.step, ", ".join(bad[:4]))
     return None if bad else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import os
 import random
@@ -167,6 +168,25 @@ def test_st6_whatever_raises_files_are_closed_and_the_checkpoint_stands(
         assert state.step == 14
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """One that takes no notes."""
+
+    text: str
+
+
+@pytest.mark.parametrize("hook", ["on_step_end", "on_fit_end", "on_micro_end"])
+def test_st6_an_error_that_takes_no_notes(hook: str) -> None:
+    def act(state: Any) -> None:
+        raise FrozenError("x")
+
+    loop = make(At(hook, act), ends := Ends())
+    for _ in range(2):
+        with pytest.raises(FrozenError):
+            loop.fit(loss_fn, loader(16, 8), epochs=1)
+    assert ends.ended == 2
+
+
 # ST7
 
 
@@ -294,6 +314,28 @@ def test_st7_modes_that_a_hook_changes_are_the_ones_put_back() -> None:
     with pytest.warns(UserWarning, match="left in eval mode"):
         loop.fit(loss_fn, loader(16, 8), epochs=2)
     assert seen == [[True, False, True, True, True]] * 2 + [[True] * 5] * 2
+
+
+def test_st7_around_a_loop_it_is_said_and_left() -> None:
+    """Once, and not where it was in eval mode all along."""
+
+    def run(ever: bool) -> list[bool]:
+        model, seen = net(noise=False), []
+        loop = make(model=model.train(ever))
+        with loop:
+            for number, batch in enumerate(loader(32, 8)):
+                if number == 1:
+                    model.eval()
+                loss_fn(model, batch)["loss"].backward()
+                seen.append(model.training)
+                with loop.updating():
+                    loop.state.optimizer.step()
+        return seen
+
+    with pytest.warns(UserWarning, match="the model is in eval mode in the update after step 1, and was in train mode") as seen:
+        assert run(True) == [True, False, False, False]
+    assert len(seen) == 1
+    assert run(False) == [False] * 4
 
 
 # ST8
@@ -812,6 +854,26 @@ def test_cb8_a_slow_callback_is_named_once(hook: str) -> None:
 def test_cb8_no_false_alarm(callback: Any, steps: int) -> None:
     """One sample alone, few milliseconds, what runs outside updates and in evaluations."""
     make(sleeps(*callback)).fit(loss_fn, loader(160, 8), loader(4, 4), steps=steps, validate_every=20)
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_cb8_a_short_run_is_watched_too(around: bool) -> None:
+    """From its ninth update on, also around a loop of the user's own."""
+    loop, data = make(At("on_step_end", lambda s: time.sleep(0.006))), loader(160, 8)
+
+    def run() -> None:
+        if not around:
+            loop.fit(loss_fn, data, epochs=1)
+            return
+        with loop:
+            for batch in data:
+                loss_fn(loop.state.model, batch)["loss"].backward()
+                with loop.updating():
+                    loop.state.optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"At\.on_step_end takes \d+% of an update's") as seen:
+        run()
+    assert len(seen) == 1
 
 
 def test_cb8_an_error_in_a_sampled_update_still_names_its_callback() -> None:

@@ -1228,7 +1228,7 @@ def test_two_loops_by_hand_in_one_body() -> None:
 
 def test_op7_lbfgs_is_refused_by_name() -> None:
     model = net()
-    with pytest.raises(TypeError, match=r"LBFGS needs a closure.*updating"):
+    with pytest.raises(TypeError, match=r"LBFGS needs a closure.*take another"):
         Loop(model, torch.optim.LBFGS(model.parameters()))
 
 
