@@ -859,7 +859,12 @@ def test_cb8_no_false_alarm(callback: Any, steps: int) -> None:
 @pytest.mark.parametrize("around", [True, False])
 def test_cb8_a_short_run_is_watched_too(around: bool) -> None:
     """From its ninth update on, also around a loop of the user's own."""
-    loop, data = make(At("on_step_end", lambda s: time.sleep(0.006))), loader(160, 8)
+
+    class Slow(Callback):
+        def on_step_end(self, state: Any) -> None:
+            time.sleep(0.006)
+
+    loop, data = make(Slow()), loader(160, 8)
 
     def run() -> None:
         if not around:
@@ -871,7 +876,7 @@ def test_cb8_a_short_run_is_watched_too(around: bool) -> None:
                 with loop.updating():
                     loop.state.optimizer.step()
 
-    with pytest.warns(UserWarning, match=r"At\.on_step_end takes \d+% of an update's") as seen:
+    with pytest.warns(UserWarning, match=r"Slow\.on_step_end takes \d+% of an update's") as seen:
         run()
     assert len(seen) == 1
 
