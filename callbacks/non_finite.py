@@ -1,7 +1,7 @@
 """NonFinite: numbers that are not finite are kept from the weights."""
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from ..loop.callback import Callback
 from ..loop.checks import among, share, whole
 from ..loop.finite import finite, names, spoilt, statistics, watched
 from ..loop.host import HostCopy
-from ..loop.kept import fits, keep, put_back
+from ..loop.kept import Kept, put_back
 from ..loop.state import State
 
 log = logging.getLogger("hookloop")
@@ -18,12 +18,11 @@ log = logging.getLogger("hookloop")
 class NonFinite(Callback):
     """Keeps an update with a loss, gradient or buffer that is not finite from the weights, as `action` says.
 
-    "stop" raises FloatingPointError, and the last checkpoint is whole; on a device the verdict is read when it has arrived,
-    at the latest just before the next update, a save or the end, so that one bad update may have been applied. "skip" drops
-    the update, counts it in `state.skipped` and puts buffers back. "rollback" drops it too, goes back to weights, buffers
-    and optimizer state as every `every`-th step began with them (kept on the host: as much memory again), and multiplies all
-    rates by `factor` from then on; data and counts go on. After `patience` bad updates in a row either raises. Both read one
-    verdict an update, for which a fused optimizer waits no longer than the gradients take. A GradScaler's skips come first.
+    "stop" raises FloatingPointError; on a device the verdict is read when it has arrived, at the latest before the next
+    update, a save or the end, so that one bad update may have been applied. "skip" drops the update and puts buffers back.
+    "rollback" goes back to weights, buffers and optimizer state as every `every`-th step began with them (on the host: as
+    much memory again), all rates times `factor` from then on; data and counts go on. After `patience` bad updates in a row
+    either raises. Both read a verdict an update, which with a fused optimizer waits for no more than the gradients.
     """
 
     beside = ("kept",)
@@ -36,10 +35,12 @@ class NonFinite(Callback):
         share("factor", factor)
         self.action, self.patience, self.every, self.factor = action, patience, every, factor
         self.scale, self.row = 1.0, 0
-        self._loss, self._host = cast("Tensor | None", None), HostCopy()
-        self._kept, self._buffers = cast("dict[str, Any] | None", None), cast("set[str] | None", None)
-        self._kept_at: int | None = None  # None: all may have changed since
+        self._kept, self._host = Kept(every) if action == "rollback" else None, HostCopy()
+        self._loss: Tensor | None = None
+        self._buffers: set[str] | None = None
         self._state: State | None = None
+        if self._kept is not None:
+            vars(self).update(on_fit_start=self._kept.begin)
 
     def on_setup(self, state: State) -> None:
         """Have gradients checked when they are as the optimizer gets them, and all kept from before a step's first forward."""
@@ -50,9 +51,8 @@ class NonFinite(Callback):
 
     def _before(self, state: State) -> None:
         self._state, self._buffers = state, statistics(state) if self._buffers is None else self._buffers
-        if self.action != "rollback" or self._kept_at == state.step or (self._kept_at is not None and state.step % self.every):
-            return
-        self._kept, self._kept_at = keep(state, self._buffers) or self._kept, state.step
+        if self._kept is not None:
+            self._kept.look(state, self._buffers)
 
     def on_micro_end(self, state: State) -> None:
         """Add up no losses, which may overflow, but 0 of each: what is not finite stays so."""
@@ -91,24 +91,24 @@ class NonFinite(Callback):
                 raise FloatingPointError(text)
             if self.row >= self.patience:
                 raise FloatingPointError(f"{text} ({self.row} bad updates in a row: patience={self.patience})")
-            if self._kept is not None:
+            if self._kept is not None and self._kept.data is not None:
+                put_back(state, self._kept.data)
                 self.scale *= self.factor
-                put_back(state, self._kept)
-                text += f"; back to the weights of update {self._kept['step']}, rates times {self.scale:g}"
-            log.warning("%s", text if self._kept is not None else f"{text}; the update is skipped")
+                text += f"; back to the weights of update {self._kept.data['step']}, rates times {self.scale:g}"
+            log.warning("%s", text if "; back" in text else f"{text}; the update is skipped")
             return text
         return None
 
     def on_fit_end(self, state: State) -> None:
         """Read the last verdict."""
-        self._state = self._kept_at = None
         self._read(state)
+        self._state = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return, once the last verdict is read, the rates' scale, bad updates in a row, what to go back to."""
         if self._state is not None:
             self._read(self._state)
-        return {"action": self.action, "scale": self.scale, "row": self.row, "kept": self._kept}
+        return {"action": self.action, "scale": self.scale, "row": self.row, "kept": self._kept and self._kept.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back; raises ValueError where rollbacks lowered rates and `action` is another now."""
@@ -116,5 +116,5 @@ class NonFinite(Callback):
             raise ValueError(f"action={self.action!r}, and rollbacks before it have multiplied the rates by {state['scale']:g}: "
                              "go on with action='rollback', or with rates of your own choice")  # fmt: skip
         self.scale, self.row = state["scale"], state["row"]
-        if self.action == "rollback" and state["kept"] and self._state is not None and fits(self._state, state["kept"]):
-            self._kept, self._kept_at = state["kept"], state["kept"]["step"]
+        if self._kept is not None and self._state is not None:
+            self._kept.restore(self._state, state["kept"])

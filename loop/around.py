@@ -1,48 +1,15 @@
-"""What only a loop of the user's own needs: when its step begins, what can't run there, an update that is left out."""
+"""What only a loop of the user's own needs: what can't run there, what it gives, an update that is left out."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .dispatch import AROUND, PLAN, overridden
-from .state import State
-
-
-class FirstForward:
-    """Calls a function just before the next forward of a model, or of a part of it, in train mode."""
-
-    def __init__(self, model: nn.Module, act: Callable[[], None]) -> None:
-        self.model, self.act = model, weakref.WeakMethod(act)  # whose owner holds this
-        self.handle: Any = None
-
-    def arm(self, state: State) -> None:
-        """Wait for it, if anyone does: no module pays for that once it has come."""
-        if (state.before or state.keep_buffers) and self.handle is None:
-            self.parts = set(self.model.modules())
-            self.handle = register_module_forward_pre_hook(self._come)
-
-    def late(self) -> None:
-        """Call it now where no module of the model ran since the update before."""
-        if self.disarm():
-            self.act()()  # type: ignore[misc]
-
-    def disarm(self) -> bool:
-        """Wait no longer; return whether it was still to come."""
-        armed, self.handle = self.handle, None
-        if armed is not None:
-            armed.remove()
-        return armed is not None
-
-    def _come(self, module: nn.Module, args: Any) -> None:
-        if module.training and module in self.parts and self.disarm():
-            self.act()()  # type: ignore[misc]
 
 
 def check_around(callbacks: Any) -> None:

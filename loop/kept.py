@@ -20,6 +20,32 @@ log = logging.getLogger("hookloop")
 Slot = tuple[dict[str, Tensor | None], str]  # a module's buffers, and the name of one
 
 
+class Kept:
+    """What to go back to, kept anew at what every `every`-th step begins with."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.data: dict[str, Any] | None = None
+        self.at: int | None = None  # None: all may have changed since
+        self.restored = False
+
+    def begin(self, state: State) -> None:
+        """Keep anew before the first step, which callbacks may still change weights for, also between two runs."""
+        if state.loader is not None and not self.restored:
+            self.at = None
+        self.restored = False
+
+    def look(self, state: State, buffers: Container[str]) -> None:
+        """Keep, where it is time, what the step that begins finds."""
+        if self.at is None or (state.step % self.every == 0 and state.step != self.at):
+            self.data, self.at = keep(state, buffers) or self.data, state.step
+
+    def restore(self, state: State, data: dict[str, Any] | None) -> None:
+        """Take back what was saved, unless the model has other layers now."""
+        if data is not None and fits(state, data):
+            self.data, self.at, self.restored = data, data["step"], True
+
+
 def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite."""
     named, copies = Named(shaped(state.model), state.optimizer), Copies()

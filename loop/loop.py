@@ -171,7 +171,6 @@ class Loop(Session):
             raise RuntimeError("loop.updating inside loop.steps would apply the step twice; loop.update() applies it")
         shown = given(loss, samples)
         self._begin(None)
-        self.first.late()
         left_in_eval(self)
         self.state.given_loss = shown.get("loss")
         if self.state._saves:  # before this update changes what they are to hold
@@ -189,7 +188,7 @@ class Loop(Session):
             self._count(samples, shown, samples or 1)
         else:
             self._count_skipped(samples)
-        self.first.arm(self.state)
+        self._before_forward()
 
     def evaluate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any) -> dict[str, float]:
         """Return `val_loss` and `val_<name>` over a loader, `val_<loader>_<name>` over a mapping of loaders."""

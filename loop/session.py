@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
-from .around import FirstForward, check_around
+from .around import check_around
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
 from .dispatch import Dispatch, check, note, table
@@ -74,7 +74,6 @@ class Session(Dispatch):
         self.settings: list[dict[str, Any]] = []  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
-        self.first = FirstForward(model, self._before_forward)
         self.rng_to_restore: dict[str, Any] | None = None
         self.modes: dict[nn.Module, bool] = {}  # of the model's modules while it trains
         self.warned = set()
@@ -119,7 +118,7 @@ class Session(Dispatch):
                 if self.resume is not None:
                     restore(self, self.resume, self.strict)
                 self._was_set_up = True
-            self.first.arm(state)
+            self._before_forward()
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
@@ -137,7 +136,6 @@ class Session(Dispatch):
             check_around(self.callbacks)
         else:
             check_loader("train_loader", loader)
-            self.first.disarm()
             if not state.model.training:
                 to_train(state.model)
         self.modes = modes_of(state.model)
@@ -221,7 +219,6 @@ class Session(Dispatch):
             say(error, f"after step {self.state.step}")
         attempt(self.feed.detach)
         self._entered, self._step, self.state.micro = False, None, None
-        self.first.disarm()
         self.state.spent, self.state.since = self.state.seconds, None
         first = error
         acts, self.state.at_exit = self.state.at_exit, []
@@ -238,7 +235,7 @@ class Session(Dispatch):
             raise first
 
     def _before_forward(self) -> None:
-        """Let callbacks look, and keep buffers, where a step of a loop of the user's own begins."""
+        """Let callbacks look, and keep buffers, where a step of a loop of the user's own begins: where the last one ended."""
         for act in self.state.before:
             act(self.state)
         if self.state.keep_buffers:
