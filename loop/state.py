@@ -132,6 +132,11 @@ class State:
         self.stop(self._leave_reason)
         return True
 
+    @property
+    def left(self) -> bool:
+        """Whether training was left early, by `leave`."""
+        return self.stop_reason is not None and self.stop_reason == self._leave_reason
+
     def skip(self, reason: str) -> None:
         """Leave this update out: no optimizer step, no count; `reason` stands in `state.skip_reason`."""
         self._skip = reason

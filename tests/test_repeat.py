@@ -14,7 +14,7 @@ import torch
 from helpers import adamw, built_in, loader, loss_fn, net
 
 from hookloop.callbacks import Seed
-from hookloop.loop import Loop, State
+from hookloop.loop import Callback, Loop, State
 from hookloop.loop.study import repeat
 
 ROOT = Path(__file__).parents[1]
@@ -80,15 +80,86 @@ def test_without_any_spread() -> None:
 
 
 @pytest.mark.parametrize(("what", "says"), [
-    ({"seeds": 1}, "seeds must be at least two different ones, not 1"), ({"seeds": True}, "seeds must be at least two"),
+    ({"seeds": 1}, "seeds must be at least two different ones, not 1"), ({"seeds": True}, "seeds must be how many"),
     ({"seeds": [3, 3]}, "seeds must be at least two different ones"), ({"seeds": []}, "seeds must be at least two"),
     ({"seeds": ()}, "seeds must be at least two"), ({"run": {}}, "run is an empty mapping"),
     ({"seeds": [0, 1.5]}, "seeds must be whole numbers, not 1.5"), ({"seeds": [0, True]}, "seeds must be whole numbers"),
+    ({"seeds": torch.tensor([0.5, 1.5])}, r"seeds must be whole numbers, not tensor\(0\.5"), ({"seeds": 2.5}, "not 2.5"),
+    ({"seeds": torch.tensor([3, 3])}, "seeds must be at least two different ones"), ({"seeds": None}, "seeds must be how many"),
+    ({"metric": ""}, "metric must be the name of a metric"), ({"metric": 3}, "metric must be the name of a metric"),
     ({"seeds": "ab"}, "seeds must be whole numbers"), ({"metric": "none"}, r"metric='none' is not among what small gave"),
 ])  # fmt: skip
 def test_bad_arguments(what: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         repeat(**{"run": small, **what})
+
+
+@pytest.mark.parametrize(("what", "says"), [
+    (3, "run must be a function of a seed"), ({"a": small, "b": None}, "run must be a function of a seed"),
+    ({0.1: small}, "run must name each setting by a string"), ({"": small}, "run must name each setting by a string"),
+    ({"a": lambda: 1.0}, "a must take one argument, the seed"), ({"a": small, "b": lambda seed, lr: lr}, "b must take one"),
+])  # fmt: skip
+def test_a_bad_setting_is_refused_before_any_training(what: Any, says: str) -> None:
+    def first(seed: int) -> float:
+        pytest.fail("trained")
+
+    with pytest.raises(TypeError, match=says):
+        repeat({"first": first, **what} if isinstance(what, dict) else what)
+
+
+@pytest.mark.parametrize("count", [3, np.int64(3), torch.tensor(3)])
+def test_a_count_may_be_any_integer(count: Any) -> None:
+    assert repeat(lambda seed: seed / 2, seeds=count).samples[0].seeds == (0, 1, 2)
+
+
+def test_a_name_that_is_not_there_lists_those_that_are() -> None:
+    found = repeat({"a": lambda seed: seed / 2, "b": lambda seed: seed / 3})
+    for act in (lambda: found["typo"], lambda: found.difference("a", "typo")):
+        with pytest.raises(KeyError, match="no setting is named 'typo'; there are: a, b"):
+            act()
+
+
+def test_names_in_the_table_are_escaped() -> None:
+    table = str(repeat({"a|b": lambda seed: seed / 2, "c\nd": lambda seed: seed / 3}, metric="val|x")).splitlines()
+    assert [line.split(" | ")[0] for line in table] == [r"| val\|x", table[1], r"| a\|b", r"| c\nd"]
+    assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
+
+
+def test_a_run_that_returns_nothing_or_left_early_is_refused() -> None:
+    with pytest.raises(TypeError, match="it returned None with seed 0; return what fit returned"):
+        repeat({"it": lambda seed: None})
+
+    class Stop(Callback):
+        def __init__(self, act: str) -> None:
+            self.act = act
+
+        def on_step_end(self, state: State) -> None:
+            if state.step == 3:
+                getattr(state, self.act)("asked")
+
+    def cut(act: str, seed: int) -> State:
+        first = Seed(seed)
+        model = net(seed=seed)
+        loop = Loop(model, adamw(model), [first, Stop(act)])
+        return built_in(loop, loss_fn, loader(), loader(20, 8), steps=4)
+
+    def whole(seed: int) -> State:
+        return cut("stop", seed)
+
+    with pytest.raises(ValueError, match=r"it with seed 0 was left early \(asked\)"):
+        repeat({"it": lambda seed: cut("leave", seed)}, metric="loss")
+    assert len(repeat(whole, seeds=2, metric="loss").samples[0].values) == 2  # as EarlyStopping stops
+
+
+def test_ctrl_c_leaves_what_had_ended() -> None:
+    def run(seed: int) -> float:
+        if seed == 2:
+            raise KeyboardInterrupt
+        return seed / 4
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        repeat(run)
+    assert caught.value.__notes__ == ["in run with seed 2; val_loss of what had ended: {'run': [0.0, 0.25]}"]
 
 
 def test_what_is_not_finite_has_no_spread() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -77,7 +79,10 @@ class Repeats:
     samples: tuple[Sample, ...]
 
     def __getitem__(self, name: str) -> Sample:
-        return next(sample for sample in self.samples if sample.name == name)
+        found = {sample.name: sample for sample in self.samples}
+        if name not in found:
+            raise KeyError(f"no setting is named {name!r}; there are: {', '.join(found)}")
+        return found[name]
 
     def difference(self, a: str, b: str) -> Difference:
         """Return how far `b` is above `a`."""
@@ -85,7 +90,7 @@ class Repeats:
 
     def __str__(self) -> str:
         heads = (
-            self.metric,
+            cell(self.metric),
             "seeds",
             "mean",
             "standard deviation",
@@ -97,7 +102,8 @@ class Repeats:
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for sample in self.samples:
             low, high = sample.interval()
-            cells = [sample.name, str(len(sample.seeds)), f"{sample.mean:.6g}", f"{sample.std:.3g}", f"{low:.6g} .. {high:.6g}"]
+            name, count = cell(sample.name), str(len(sample.seeds))
+            cells = [name, count, f"{sample.mean:.6g}", f"{sample.std:.3g}", f"{low:.6g} .. {high:.6g}"]
             if sample is not self.samples[0]:
                 apart = Difference(self.samples[0], sample)
                 low, high = apart.interval()
@@ -112,38 +118,88 @@ def repeat(run: Callable[[int], Any] | Mapping[str, Callable[[int], Any]], seeds
 
     `run` builds all anew (`Seed(seed)` first) and returns what `fit` does, the state; or a mapping of metrics, or the number
     itself. `seeds`: how many, counted from 0, or which. Five seeds find differences of about two standard deviations and
-    more. Raises ValueError for fewer than two seeds, or a metric that is not there or not finite.
+    more. What had ended before an error or Ctrl-C stands in a note of it. Raises, before any training, TypeError or ValueError
+    for a setting, seeds or a name that can't be; ValueError for a metric that is not there or not finite, and for a run that
+    was left early, as Preemption does.
     """
     stats()  # before hours of training
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if odd := [seed for seed in chosen if isinstance(seed, bool) or not hasattr(seed, "__index__")]:
-        raise ValueError(f"seeds must be whole numbers, not {odd[0]!r}")
-    if len(set(chosen)) < 2 or len(set(chosen)) < len(chosen):
-        raise ValueError(f"seeds must be at least two different ones, not {seeds!r}")
-    settings = run if isinstance(run, Mapping) else {getattr(run, "__name__", "run"): run}
-    if not settings:
-        raise ValueError("run is an empty mapping; give it settings: name -> function of a seed")
+    if not isinstance(metric, str) or not metric:
+        raise ValueError(f"metric must be the name of a metric, such as 'val_loss', not {metric!r}")
+    chosen, settings = seeds_of(seeds), settings_of(run)
     found: dict[str, list[float]] = {}
     for name, one in settings.items():
         found[name] = []
-        for seed in map(int, chosen):
+        for seed in chosen:
             try:
                 found[name].append(value(one(seed), metric, name, seed))
-            except Exception as error:
+            except BaseException as error:
                 error.add_note(f"in {name} with seed {seed}; {metric} of what had ended: {found}")  # hours may lie in these
                 raise
         if len(set(found[name])) == 1:
             warnings.warn(f"{name} gave {metric}={found[name][0]} with every seed: does it build all anew, and use its seed? "
                           "Without a spread nothing tells chance from gain", stacklevel=2)  # fmt: skip
-    return Repeats(metric, tuple(Sample(name, tuple(map(int, chosen)), tuple(values)) for name, values in found.items()))
+    return Repeats(metric, tuple(Sample(name, chosen, tuple(values)) for name, values in found.items()))
+
+
+def integer(x: Any) -> int | None:
+    """Return an integer of any library as Python's; None for what is none."""
+    if isinstance(x, bool) or "bool" in str(getattr(x, "dtype", "")):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
+
+
+def seeds_of(seeds: Any) -> tuple[int, ...]:
+    """Return the seeds that are asked for, by number or one by one."""
+    count = None if getattr(seeds, "shape", ()) else integer(seeds)
+    if count is None and (not isinstance(seeds, Iterable) or getattr(seeds, "shape", None) == ()):
+        raise ValueError(f"seeds must be how many (a whole number), or which (a list of them), not {seeds!r}")
+    given = list(seeds if count is None else range(count))
+    chosen = [integer(seed) for seed in given]
+    if odd := [seed for seed, found in zip(given, chosen, strict=True) if found is None]:
+        raise ValueError(f"seeds must be whole numbers, not {odd[0]!r}")
+    if len(set(chosen)) < 2 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds must be at least two different ones, not {seeds!r}")
+    return tuple([seed for seed in chosen if seed is not None])
+
+
+def settings_of(run: Any) -> dict[str, Callable[[int], Any]]:
+    """Return the functions to be trained with, by name."""
+    settings = dict(run) if isinstance(run, Mapping) else {getattr(run, "__name__", "run"): run}
+    if not settings:
+        raise ValueError("run is an empty mapping; give it settings: name -> function of a seed")
+    for name, one in settings.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"run must name each setting by a string that is not empty, such as 'baseline', not {name!r}")
+        if not callable(one):
+            raise TypeError(f"run must be a function of a seed, or a mapping of names to such functions, not {one!r:.60}")
+        try:
+            inspect.signature(one).bind(0)
+        except TypeError as error:
+            raise TypeError(f"{name} must take one argument, the seed: {error}") from None
+        except ValueError:  # a function in C that says nothing of its arguments
+            continue
+    return settings
+
+
+def cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    return text.replace("|", r"\|").replace("\r", r"\r").replace("\n", r"\n")
 
 
 def value(found: Any, metric: str, name: str, seed: int) -> float:
     """Return the metric that a run ended with."""
+    if found is None:
+        raise TypeError(f"{name} returned None with seed {seed}; return what fit returned, or the metric")
+    if isinstance(found, State) and found.left:
+        raise ValueError(f"{name} with seed {seed} was left early ({found.stop_reason}), so that its {metric} is none of a whole "
+                         "run; let it go on from its checkpoint, or run it again")  # fmt: skip
     metrics = found.metrics if isinstance(found, State) else found
     if isinstance(metrics, Mapping):
         if metric not in metrics:
-            raise ValueError(f"metric={metric!r} is not among what {name} gave with seed {seed}: {sorted(metrics)}")
+            raise ValueError(f"metric={metric!r} is not among what {name} gave with seed {seed}: {sorted(map(str, metrics))}")
         metrics = metrics[metric]
     if not math.isfinite(it := number(metric, metrics)):
         raise ValueError(f"{metric} is {it} in {name} with seed {seed}: a spread of it means nothing")
