@@ -14,11 +14,11 @@ def main(arguments: list[str] | None = None) -> int:
     compare.add_argument("run_a", help="the folder of a run's TensorBoard files, written with Fingerprint()")
     compare.add_argument("run_b")
     found = parser.parse_args(arguments)
-    from .study import compare as compare_runs
-
     try:
+        from .study import compare as compare_runs
+
         parting = compare_runs(found.run_a, found.run_b)
-    except ValueError as error:
+    except (ValueError, ImportError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(parting)
