@@ -64,16 +64,16 @@ def rows(x: Tensor) -> Tensor:
     x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
     if not x.numel():
         return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    found, width = [], x.numel() // x.shape[0] * -(-x.element_size() // 4)
-    for block in x.split(max(1, CHUNK // width)):
-        flat = block.resolve_neg().contiguous()
-        flat = flat.as_strided((block.shape[0], flat[0].numel()), (flat[0].numel(), 1))  # a single number may have any stride
+    found, wide = [], x.numel() // x.shape[0]
+    for block in x.split(max(1, CHUNK // (wide * -(-x.element_size() // 4)))):
+        flat = block.resolve_neg().contiguous().as_strided((block.shape[0], wide), (wide, 1))  # one number may have any stride
         words = flat if flat.dtype == torch.bool else flat.view(WORDS[flat.element_size()])
-        sums = torch.zeros(block.shape[0], dtype=torch.int64, device=x.device)
+        sums: Tensor | None = None
         for part in words.split(CHUNK, dim=1):
-            sums = mixed(sums) + (part.to(torch.int64) * factors(x.device)[: part.shape[1]]).sum(1)
-        found.append(sums)
-    return torch.cat(found)
+            more = (part.to(torch.int64) * factors(x.device)[: part.shape[1]]).sum(1)
+            sums = more if sums is None else mixed(sums) + more
+        found += [] if sums is None else [sums]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def sparse_rows(x: Tensor) -> Tensor:
@@ -134,6 +134,7 @@ class Digest:
     def __init__(self, size: int | None = None, start: int = 0) -> None:
         self.size, self.start, self.known = size, start, 0
         self.sums: dict[torch.device, Tensor] = {}
+        self.waiting: dict[torch.device, list[Tensor]] = {}  # to be mixed together: many tensors are small
         places = () if size is None else factor(torch.arange(start, start + size, device="cpu")).tolist()
         self.weight = 1 if size is None else signed(sum(places))
 
@@ -141,6 +142,9 @@ class Digest:
     def add(self, x: Any, key: int = 0) -> Digest:
         """Add a tensor, a value, or a container of them, nested as it may be; of other objects only the type counts."""
         self._add(x, key, self.weight, self.size, root=True)
+        for device, parts in self.waiting.items():
+            self._sum(mixed(mixed(torch.stack(parts))).sum(), device)
+        self.waiting.clear()
         return self
 
     def total(self, device: torch.device) -> Tensor:
@@ -178,9 +182,15 @@ class Digest:
         if split:
             places = torch.arange(self.start, self.start + x.size(0), device=x.device)
             found = (mixed(mixed(each(x) + about)) * factor(places)).sum()
+        elif weight == 1:
+            self.waiting.setdefault(x.device, []).append(one(x) + about)
+            return
         else:
             found = mixed(mixed(one(x) + about)) * weight
-        self.sums[x.device] = self.sums[x.device] + found if x.device in self.sums else found
+        self._sum(found, x.device)
+
+    def _sum(self, found: Tensor, device: torch.device) -> None:
+        self.sums[device] = self.sums[device] + found if device in self.sums else found
 
 
 def children(x: Any) -> list[tuple[Any, Any]] | None:
