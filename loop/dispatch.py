@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .callback import HOOKS, Callback
 from .checks import say, whole
-from .guards import warn_once
 from .state import MicroEnd, State
+
+log = logging.getLogger("hookloop")
 
 if TYPE_CHECKING:
     from .chunk import Chunk
@@ -122,9 +124,10 @@ class Dispatch:
         took, all_timed = now - sampling[0], [timed for hook in STEP for timed in self.hooks[hook] if isinstance(timed, Timed)]
         found = {timed.name: timed.spent for timed in all_timed if timed.spent > max(0.005, 0.2 * took)}
         before, self.hooks, self.sampling, self.slow = self.slow, sampling[1], None, tuple(found)
-        for name in set(before) & found.keys():
-            warn_once(self, ("slow", name), f"{name} takes {found[name] / took:.0%} of an update's {1000 * took:.0f} ms; call it "
-                      "less often, or keep what it computes on the device, without .item()")  # fmt: skip
+        for name in (set(before) & found.keys()) - self.warned:  # logged: an error where warnings are errors would be too much
+            self.warned.add(name)
+            log.warning("%s takes %.0f%% of an update's %.0f ms; call it less often, or keep what it computes on the device, "
+                        "without .item()", name, 100 * found[name] / took, 1000 * took)  # fmt: skip
 
     def _run(self, hook: str) -> list[Any]:
         answers = []

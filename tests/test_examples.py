@@ -67,7 +67,7 @@ def test_by_hand_ends_with_the_same_fingerprint(digits: Any, tmp_path: Path) -> 
     assert table(start("by_hand.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
 
 
-@pytest.mark.parametrize("after", ["step-00000060", "step-00000220"])
+@pytest.mark.parametrize("after", [pytest.param("step-00000060", marks=pytest.mark.slow), "step-00000220"])
 def test_digits_stopped_with_ctrl_c_and_started_again(digits: Any, tmp_path: Path, after: str) -> None:
     first = start("digits.py", tmp_path)
     while first.poll() is None and not (tmp_path / after).exists():
