@@ -3,6 +3,7 @@
 from .batch_policies import Epochs, Plateau, Policy, Steps
 from .checkpoint import Checkpoint
 from .clip_gradients import ClipGradients
+from .cuda_graph import CUDAGraph
 from .dynamic_batch_size import DynamicBatchSize
 from .early_stopping import EarlyStopping
 from .fingerprint import Fingerprint
@@ -20,6 +21,7 @@ from .warmup import Warmup
 from .weight_decay import WeightDecay
 
 __all__ = [
+    "CUDAGraph",
     "Checkpoint",
     "ClipGradients",
     "DynamicBatchSize",

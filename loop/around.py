@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .dispatch import AROUND, PLAN, overridden
+from .dispatch import AROUND, OWNED, overridden
 
 
 def check_around(callbacks: Any) -> None:
     """Refuse, by name, callbacks that need hooks or settings which a loop of the user's own does not have."""
     for callback in callbacks:
         missing = sorted(overridden(callback) - AROUND - set(callback.optional))
-        if missing := missing or [f"to decide state.{setting}" for setting in callback.owns if setting in PLAN]:
+        if missing := missing or [f"to decide state.{setting}" for setting in callback.owns if setting in OWNED]:
             raise ValueError(f"{type(callback).__name__} needs {', '.join(missing)}, which does not run around a loop "
                              "of your own; use loop.fit or loop.epochs, loop.steps, or leave it out")  # fmt: skip
 

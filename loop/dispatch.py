@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Method = Callable[[State], Any]
 PLAN = ("batch_size", "accumulate", "micro_batch_size")
+OWNED = (*PLAN, "runner")
 ELSEWHERE = {
     "on_train_batch_start": "on_step_start", "on_train_batch_begin": "on_step_start", "on_step_begin": "on_step_start",
     "on_train_batch_end": "on_step_end", "on_pre_optimizer_step": "on_before_optimizer_step", "on_evaluate": "on_validation_end",
@@ -54,8 +55,8 @@ def check(callbacks: Iterable[Callback]) -> None:
             if attribute.startswith("on_") and attribute not in HOOKS and callable(getattr(callback, attribute)):
                 near = ELSEWHERE.get(attribute) or (difflib.get_close_matches(attribute, HOOKS, 1, 0) or HOOKS)[0]
                 raise TypeError(f"{name}.{attribute} is no hook and would never run; the closest hook is {near}")
-        if isinstance(callback.owns, str) or any(o.isidentifier() and o not in PLAN for o in callback.owns):
-            raise ValueError(f"{name}.owns must be a tuple of names among {', '.join(PLAN)}, not {callback.owns!r}")
+        if isinstance(callback.owns, str) or any(o.isidentifier() and o not in OWNED for o in callback.owns):
+            raise ValueError(f"{name}.owns must be a tuple of names among {', '.join(OWNED)}, not {callback.owns!r}")
         for hook in overridden(callback):
             if inspect.iscoroutinefunction(getattr(callback, hook)) or inspect.isgeneratorfunction(getattr(callback, hook)):
                 raise TypeError(f"{name}.{hook} is async or a generator, so calling it would run nothing; write a plain def")

@@ -27,6 +27,10 @@ ZERO_GRAD = Optimizer.zero_grad
 class Eager:
     """Runs micro-batches and updates as written, one operation after another (`state.runner`)."""
 
+    def begin(self, loop: Session) -> None:
+        """Clear the gradients."""
+        clear_gradients(loop.state.optimizer)
+
     def backward(self, loop: Session, loss: Any, batch: Any, factor: Any) -> dict[str, Any]:
         """Run `loss(model, batch)` if it is a function, then backward with the weight `factor`; return the outputs."""
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
@@ -135,7 +139,7 @@ class Step:
     def __iter__(self) -> Iterator[Micro]:
         loop, state = self.loop, self.loop.state
         while not self.complete:
-            clear_gradients(state.optimizer)  # here, not after the update: whatever was left, a step starts from nothing
+            state.runner.begin(loop)  # clears gradients, here, not after the update: whatever was left, a step starts anew
             self.done, self._redo, self._held, self._before = [], False, None, loop.optimizer_steps
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)

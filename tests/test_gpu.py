@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from recorder import SETS, AsWritten, aligned
 from torch import nn
 
 from hookloop.callbacks import (
     Checkpoint,
     ClipGradients,
+    CUDAGraph,
     DynamicBatchSize,
     Fingerprint,
     GradientAccumulation,
@@ -55,17 +57,21 @@ def test_by_hand_is_built_in_and_watching_is_free(tmp_path: Path) -> None:
     assert_same_bits(found[0], found[2])
 
 
-def train_watched(loop: Loop) -> None:
+def cross_entropy(model: Any, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def train_watched(loop: Loop, after: int = 2, size: int = 8) -> None:
     """Train; whatever synchronises in a step raises."""
     with loop:
         for _ in loop.epochs(2):
-            for step in loop.steps(loader(96, 8, pin_memory=True)):
-                watched = loop.state.step > 2  # what is set up once lies behind
+            for step in loop.steps(loader(96, size, pin_memory=True)):
+                watched = loop.state.step > after  # what is set up once lies behind
                 torch.cuda.set_sync_debug_mode("error" if watched else "default")
                 try:
                     for micro in step:
                         with micro:
-                            micro.backward(lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]))
+                            micro.backward(cross_entropy)
                     loop.update()
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
@@ -184,3 +190,66 @@ def test_st2_what_is_not_finite_on_a_device(action: str, fused: bool) -> None:
     built_in(loop, odd, loader(), epochs=2)
     assert (loop.state.step, loop.state.skipped) == (13, 1)
     assert all(value.isfinite().all() for value in bits(loop).values())
+
+
+# CUDAGraph
+
+
+def graphed(graphs: Any, *callbacks: Any, autocast: Any = None, kind: str = "adamw", **kwargs: Any) -> Loop:
+    seed, model = Seed(5), net(seed=5).cuda()
+    optimizer = (torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) if kind == "fused" else
+                 torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, fused=True) if kind == "sgd" else
+                 torch.optim.AdamW(model.parameters(), lr=1e-2))  # fmt: skip
+    return Loop(model, optimizer, [seed, graphs or AsWritten(), *callbacks], autocast=autocast, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "fused", "sgd"])
+@pytest.mark.parametrize("name", SETS)
+def test_replayed_on_a_device_is_as_written(name: str, kind: str, tmp_path: Path) -> None:
+    loops = []
+    for i, graphs in enumerate((None, CUDAGraph(graphs=16))):
+        loop = graphed(graphs, *SETS[name](tmp_path / str(i)), kind=kind)
+        built_in(loop, aligned, loader(96, 8), loader(20, 8, shuffle=False), epochs=4)
+        loops.append(loop)
+    assert_same_bits(bits(loops[0]), bits(loops[1]))
+    assert loops[0].state.step == loops[1].state.step
+    assert loops[1].state.runner.replayed > 0
+
+
+def test_replayed_in_half_precision_is_as_written() -> None:
+    loops = [graphed(graphs, autocast=torch.bfloat16) for graphs in (None, CUDAGraph())]
+    for loop in loops:
+        built_in(loop, aligned, loader(96, 8), epochs=3)
+    assert_same_bits(bits(loops[0]), bits(loops[1]))
+
+
+def test_a_replayed_step_waits_for_nothing() -> None:
+    """Once recorded, which waits."""
+    train_watched(graphed(CUDAGraph(2), Warmup(50), ClipGradients(0.3), GradientAccumulation(2)), after=6)
+
+
+def test_a_loss_that_waits_is_named_while_recording() -> None:
+    def loss(model: Any, batch: Any) -> Any:
+        found = cross_entropy(model, batch)
+        return found * 2 if found.item() > 1e9 else found  # this line
+
+    with pytest.raises(RuntimeError) as caught:
+        built_in(graphed(CUDAGraph(2)), loss, loader(96, 8), epochs=1)
+    [note] = [note for note in caught.value.__notes__ if "could not record" in note]
+    assert f"{__file__} line " in note
+    assert "# this line: nothing in it may wait for the device" in note
+    assert float(torch.ones(3, device="cuda").sum()) == 3  # the device goes on
+
+
+def test_memory_that_recording_takes() -> None:
+    """At most a tenth of the eager peak for one shape."""
+    peaks = []
+    for graphs in (None, CUDAGraph()):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.GELU())]).cuda()
+        loop = Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [graphs or AsWritten()])
+        built_in(loop, lambda m, b: m(b).square().mean(), [torch.randn(8192, 1024)] * 12, epochs=1)
+        peaks.append(torch.cuda.max_memory_reserved())
+        del loop, model
+    assert peaks[1] <= 1.1 * peaks[0]

@@ -12,7 +12,6 @@ import torch
 from helpers import FORMS, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -25,7 +24,9 @@ from hookloop.callbacks import (
     GradientAccumulation,
     Metrics,
     MicroBatch,
+    NoiseScale,
     NonFinite,
+    Preemption,
     Progress,
     Schedule,
     Seed,
@@ -34,6 +35,7 @@ from hookloop.callbacks import (
     WeightDecay,
 )
 from hookloop.loop import Callback, Loop
+from hookloop.loop.host import HostCopy
 from hookloop.loop.store import list_checkpoints
 
 
@@ -127,10 +129,16 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_callback_adds_a_read_to_a_step(tmp_path: Path) -> None:
-    def reads(callbacks: list[Callback]) -> int:
+OPTIMIZERS = {"sgd": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9), "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.1)}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_no_callback_adds_a_read_to_a_step(kind: str, tmp_path: Path) -> None:
+    """AdamW reads its own step counters, which lie on the host here; nothing else reads anything."""
+
+    def reads(callbacks: list[Callback]) -> float:
         model = net()
-        loop, mode = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), callbacks), Reads()
+        loop, mode = Loop(model, OPTIMIZERS[kind](model.parameters()), callbacks), Reads()
         with loop:
             for _ in loop.epochs(1):
                 for step in loop.steps(loader(60, 4, shuffle=False)):
@@ -140,27 +148,41 @@ def test_no_callback_adds_a_read_to_a_step(tmp_path: Path) -> None:
                             with micro:
                                 micro.backward(lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1]))
                         loop.update()
-        return mode.count
+        return mode.count / (min(loop.state.step, 12) - 4)
 
     quiet = [TensorBoard(tmp_path, every=500), Progress(every=1e6), Checkpoint(tmp_path, every=500), Fingerprint(500)]
-    assert reads([]) == 0
-    assert reads([Seed(0), *shaping()[:4], MicroBatch("auto"), *shaping()[5:], *quiet]) == 0
+    bare = reads([])
+    assert (bare > 0) == (kind == "adamw")
+    assert bare == reads([Seed(0), *shaping()[:4], MicroBatch("auto"), *shaping()[5:], *quiet])
 
 
-def test_a_step_reads_nothing_back() -> None:
-    """Tensors without values stand for a GPU's: whatever would bring a number to Python raises."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        loop = Loop(model, optimizer, [Seed(0), *shaping()[:-1]])
-        data = [(torch.randn(4, 6), torch.randint(0, 3, (4,)))] * 9
-        with loop:
-            for _ in loop.epochs(2):
-                for step in loop.steps(data):
-                    for micro in step:
-                        with micro:
-                            micro.backward(lambda m, b: {"loss": torch.nn.functional.cross_entropy(m(b[0]), b[1])})
-                    loop.update()
-        assert loop.state.step == loop.state.total_steps > 8
-        with pytest.raises(DataDependentOutputException):
-            float(loop.state.metrics["loss"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_reads_nothing_back(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On "meta" tensors have no values: whatever would bring one to Python raises, with every callback there is."""
+    monkeypatch.setattr(HostCopy, "put", lambda self, about, values, most_dims=0: None)  # a copy that nobody waits for
+    with torch.device("meta"):
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 12), torch.nn.BatchNorm1d(12), torch.nn.Dropout(0.1), torch.nn.Linear(12, 3)
+        )
+        data = [(torch.empty(4, 6), torch.empty(4, dtype=torch.int64))] * 9
+
+    def loss(model: Any, batch: Any) -> Any:
+        preds = model(batch[0])
+        return {"loss": torch.nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
+
+    quiet = [TensorBoard(tmp_path, every=500), Progress(every=1e6), Checkpoint(tmp_path, every=500), Fingerprint(500), NonFinite(),
+             Metrics({"acc": MulticlassAccuracy(3)}), Preemption(on_signal="return")]  # fmt: skip
+    planned = (
+        shaping()[:4] if kind == "adamw" else [Warmup(5), GradientAccumulation(2), DynamicBatchSize(6, 13, every=NoiseScale(2))]
+    )
+    loop = Loop(model, OPTIMIZERS[kind](model.parameters()), [Seed(0), *planned, *shaping()[4:-1], *quiet])
+    with loop:
+        for _ in loop.epochs(3):
+            for step in loop.steps(data):
+                for micro in step:
+                    with micro:
+                        micro.backward(loss)
+                loop.update()
+    assert loop.state.step > 8
+    with pytest.raises(RuntimeError, match="meta"):
+        float(loop.state.metrics["loss"])

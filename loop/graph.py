@@ -1,0 +1,251 @@
+"""Micro-batches and updates recorded once and launched again from then on (`state.runner`)."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .batch import leaves, walk
+from .step import Eager, clear_gradients
+
+if TYPE_CHECKING:
+    from .session import Session
+    from .state import State
+
+OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+
+
+class Recording:
+    """What a function launches on the device, as a CUDA graph; `found` is what it returned, filled anew by each `replay`."""
+
+    def __init__(self, run: Callable[[], Any], pool: Any) -> None:
+        self.graph, stream, failed = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # a loader's thread may pin memory
+                try:
+                    self.found = run()
+                except BaseException as error:
+                    failed = error
+                    raise
+        except BaseException:
+            torch.cuda.set_stream(stream)  # where the capture can't be ended either, torch leaves its own
+            if failed is not None:
+                raise failed from None
+            raise
+        self.replay = self.graph.replay
+
+
+class Static:
+    """A recorded micro-batch and the memory that it reads."""
+
+    def __init__(self, batch: Any, like: Tensor) -> None:
+        self.batch = walk(batch, lambda x, path: x.clone() if isinstance(x, Tensor) else x)
+        self.inputs = [x for _, x in leaves(self.batch) if isinstance(x, Tensor)]
+        self.factor = torch.ones_like(like, requires_grad=False)
+        self.weight: float | None = 1.0  # what the factor holds, where the host knows
+        self.recording: Any = None
+
+    def fill(self, batch: Any, factor: Any) -> None:
+        """Take another micro-batch's data, and its weight."""
+        for mine, (_, x) in zip(self.inputs, (pair for pair in leaves(batch) if isinstance(pair[1], Tensor)), strict=True):
+            mine.copy_(x, non_blocking=True)
+        factor = 1.0 if factor is None else factor
+        if isinstance(factor, Tensor):
+            self.factor.copy_(factor)
+            self.weight = None
+        elif factor != self.weight:
+            self.factor.fill_(factor)
+            self.weight = factor
+
+
+class Graphs(Eager):
+    """Runs each shape of micro-batch, and the update, `warmup` times as written, and replays a recording from then on.
+
+    Gradients stay in the tensors that the first updates made, so that every recording adds to the same ones. What a
+    recording holds fast and can change (a group's settings, which parameters have gradients, modes of modules, the loaded
+    state of the optimizer) is compared, and recorded anew where it did. `most` shapes are kept, the last used.
+    """
+
+    def __init__(self, state: State, warmup: int, most: int) -> None:
+        self.warmup, self.most = warmup, most
+        self.pool: Any = None
+        self.micros: OrderedDict[Any, Static] = OrderedDict()
+        self.seen, self.like = Counter[Any](), dict[Any, Tensor]()
+        self.grads: dict[Tensor, Tensor] = {}
+        self.given = dict[Any, frozenset[Tensor]]()  # which parameters a shape's backward gives gradients to
+        self.used: list[frozenset[Tensor]] = []  # in this step
+        self.stepped: set[Tensor] = set()  # have been through an update that was no replay, so their state is there
+        self.updates, self.recorded, self.replayed = 0, 0, 0
+        self.about: Any = None
+        self.key: Any = None
+        self.found_inf: Tensor | None = None
+        self.update_graph: Any = None
+        state.optimizer.register_load_state_dict_post_hook(lambda optimizer: self.forget_update())
+
+    def forget_update(self) -> None:
+        """Record the update anew: its optimizer holds other tensors now."""
+        self.update_graph = None
+        self.stepped.clear()
+
+    def forget(self) -> None:
+        """Record all anew, and give the memory back."""
+        self.micros.clear()
+        self.seen.clear()
+        self.forget_update()
+        self.pool = None
+
+    def begin(self, loop: Session) -> None:
+        """Clear the gradients, those that recordings add to by zeros in their place."""
+        state, self.used = loop.state, []
+        if (about := facts(state.model)) != self.about:
+            self.forget()
+            self.about = about
+        if not all(isinstance(group["lr"], Tensor) for group in state.optimizer.param_groups):
+            on_device(state.optimizer, state.device)
+        clear_gradients(state.optimizer)
+        for p, grad in self.grads.items():
+            p.grad = grad
+        if self.grads:
+            torch._foreach_zero_(list(self.grads.values()))
+
+    def backward(self, loop: Session, loss: Any, batch: Any, factor: Any) -> dict[str, Any]:
+        """Run `loss(model, batch)` and its backward with the weight `factor`, or replay them; return the outputs."""
+        if not callable(loss):
+            raise TypeError("CUDAGraph replays loss_fn, so it needs the function and not its result: micro.backward(loss_fn)")
+        key = (loss, signature(batch))
+        static = self.micros.get(key)
+        if static is None:
+            if self.seen[key] < self.warmup:
+                self.seen[key] += 1
+                return self._as_written(loop, loss, batch, factor, key)
+            static = self._record(loop, loss, batch, key)
+        self.used.append(self.given[key])
+        self.replayed += 1
+        self.micros.move_to_end(key)
+        static.fill(batch, factor)
+        static.recording.replay()
+        found: dict[str, Any] = static.recording.found
+        return {name: walk(value, lambda x, path: x.clone() if isinstance(x, Tensor) else x) for name, value in found.items()}
+
+    def _as_written(self, loop: Session, loss: Any, batch: Any, factor: Any, key: Any) -> dict[str, Any]:
+        before = {p: grad._version for p, grad in self.grads.items()}
+        outputs = super().backward(loop, loss, batch, factor)
+        held = {p: p.grad for g in loop.state.optimizer.param_groups for p in g["params"] if p.grad is not None}
+        if sparse := [p for p, grad in held.items() if grad.is_sparse]:
+            raise ValueError(f"CUDAGraph can't record the sparse gradient of a parameter of shape {tuple(sparse[0].shape)}: give "
+                             "its embedding sparse=False, or leave CUDAGraph out")  # fmt: skip
+        self.given[key] = frozenset(p for p, grad in held.items() if before.get(p) != grad._version)
+        self.grads |= held
+        self.used.append(self.given[key])
+        self.like[key] = outputs["loss"].detach()
+        return outputs
+
+    def _record(self, loop: Session, loss: Any, batch: Any, key: Any) -> Static:
+        self.recorded += 1
+        if self.recorded > 4 * self.most and self.replayed < 8 * self.recorded:
+            raise RuntimeError(f"CUDAGraph has recorded {self.recorded - 1} micro-batches, keeps {self.most}, and replayed only "
+                               f"{self.replayed}: the last is of {describe(batch)}. Pad to a few lengths, leave out of the batch "
+                               "what is no tensor, give the same loss_fn each time, or have it keep more: "
+                               f"CUDAGraph(graphs={4 * self.most})")  # fmt: skip
+        static = Static(batch, self.like[key])
+        while len(self.micros) >= self.most:
+            self.micros.popitem(last=False)
+
+        def run() -> dict[str, Any]:
+            outputs = super(Graphs, self).backward(loop, loss, static.batch, static.factor)
+            return {k: walk(v, lambda x, path: x.detach() if isinstance(x, Tensor) else x) for k, v in outputs.items()}
+
+        static.recording = self._recording(run, "loss_fn")
+        self.micros[key] = static
+        return static
+
+    def _recording(self, run: Callable[[], Any], what: str) -> Any:
+        if self.pool is None and torch.cuda.is_available():
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            return Recording(run, self.pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            error.add_note(f"CUDAGraph could not record {what}{where(error)}: nothing in it may wait for the device (.item(), "
+                           "float(), bool() or `if` of a tensor, .cpu(), nonzero), nor hang on values; keep it on the device "
+                           "(torch.where), or leave CUDAGraph out")  # fmt: skip
+            raise
+
+    def update(self, loop: Session) -> None:
+        """Apply the gradients, as written or by replay."""
+        state, optimizer = loop.state, loop.state.optimizer
+        if any(len(some) < len(self.grads) for some in self.used):  # zeros are there for what has no gradient in this step
+            for p in self.grads.keys() - frozenset().union(*self.used):
+                p.grad = None
+        for p, grad in self.grads.items():
+            if p.grad is not None and p.grad is not grad:  # a callback put another in its place
+                p.grad = grad.copy_(p.grad)
+        if (verdict := getattr(optimizer, "found_inf", None)) is not None:
+            self.found_inf = verdict.clone() if self.found_inf is None else self.found_inf.copy_(verdict)
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+        key = settings(state), verdict is not None
+        if self.update_graph is None or key != self.key:
+            held = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+            if self.updates < self.warmup or not self.stepped >= held:
+                self.updates, self.stepped = self.updates + 1, self.stepped | held
+                super().update(loop)
+                return
+            self.key, self.update_graph = key, self._recording(optimizer.step, "the optimizer's step")
+        else:
+            loop.optimizer_steps += 1  # its post-hook ran when it was recorded
+        self.update_graph.replay()
+
+
+def on_device(optimizer: Optimizer, device: torch.device) -> None:
+    """Have an optimizer read nothing on the host in its step: what counts and what scales it are tensors on the device."""
+    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # torch warns of the first steps
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(device, copy=True)
+    for held in optimizer.state.values():
+        if isinstance(step := held.get("step"), Tensor):
+            held["step"] = step.to(device)
+
+
+def facts(model: nn.Module) -> list[bool]:
+    """Return what a recording holds fast of a model."""
+    return [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
+
+
+def settings(state: State) -> list[Any]:
+    """Return what a recorded update holds fast."""
+    held: list[Any] = []
+    for group in state.optimizer.param_groups:
+        held += [id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"]
+        held += [id(p) for p in group["params"] if p.grad is not None]
+    return held
+
+
+def signature(batch: Any) -> tuple[Any, ...]:
+    """Return what tells one shape of micro-batch from another: its tensors' shapes and types, and all that is no tensor."""
+    return tuple(
+        [(path, x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else (path, repr(x)) for path, x in leaves(batch)]
+    )
+
+
+def describe(batch: Any) -> str:
+    """Return a batch's shapes in words."""
+    found = [f"{path} {tuple(x.shape)}" if isinstance(x, Tensor) else f"{path} = {x!r:.40}" for path, x in leaves(batch)]
+    return ", ".join(found[:6])
+
+
+def where(error: BaseException) -> str:
+    """Return the last line of the user's own program in a traceback."""
+    for frame in traceback.extract_tb(error.__traceback__)[::-1]:
+        if not frame.filename.startswith(OURS):
+            return f", {frame.filename} line {frame.lineno}: {(frame.line or '').strip()}"
+    return ""
