@@ -1,116 +1,193 @@
-"""Samples a second of a full set of callbacks against the hand-written loop, on the device there is.
+"""Time a micro-batch takes in the hand-written loop, in hookloop with each set of callbacks, as CUDA graphs, and in peers.
 
-python benchmarks/throughput.py [--repetitions 7] [--steps 60]
+    python benchmarks/throughput.py [--quick] [--peers] [--workloads mlp gpt resnet loader] [--variants main]
+                                    [--repetitions N] [--updates N] [--out FOLDER]
+
+Workloads: an MLP 4x256 with batches of 128 in fp32; a GPT of 12 layers x 768 with 16 sequences of 512 tokens and a
+ResNet-18 with 256 images of 3x32x32, both under bf16 autocast; the MLP again from a DataLoader with workers, where the
+others take batches that lie on the device.
+
+Duties, the same for the hand-written loop, "hookloop, the same duties", the graphs by hand and the peers: gradients of 4
+micro-batches an update; AdamW (fused on a GPU) in two groups, decay 0.01 and, for vectors, 0; rates that rise over 100
+updates; loss and accuracy (of tokens) of each micro-batch, and, every 50 updates, loss, accuracy and rates to
+TensorBoard. None clips gradients but what says so, and all sets of callbacks that hold ClipGradients: these are held
+against the hand-written loop that clips too. "No callback", and each alone, do fewer of the duties than the hand-written
+loop (though always 4 micro-batches an update), all callbacks do more: a cosine schedule, checks of finiteness, the
+noise scale, checkpoints, early stopping, progress; none falls due in the timed part but what has an interval within it.
+
+Each run builds all anew, trains some updates, waits for the device, trains the timed ones and waits again; there is no
+other wait. Without a GPU torch has one thread. Runs are interleaved: all once, then all again. Reported are the median
+and the range of the ratio to the hand-written loop's time of the same round; on a GPU also the peak of reserved memory,
+and, from a short profiled run of its own, kernels and graphs launched, copies and waits, a micro-batch. `--quick`
+shrinks all shapes and counts: its times mean nothing, its exit status does. `--variants` takes parts of names, or
+`main`: all but each alone and all but one. A peer that fails is an error below the table; any other run that fails also
+ends in exit status 1, behind the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import functools
+import gc
+import importlib.util
+import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import report
 import torch
-from machine import machine
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from loops import compiled, hand_written, replayed
+from machine import header
+from ours import DUTIES, ours, sets
+from peers import PACKAGES, PEERS
+from watch import PROFILED, Watch, quiet
+from workloads import ACCUMULATE, Job, Workload, workloads
 
-from hookloop.callbacks import (
-    ClipGradients,
-    GradientAccumulation,
-    MicroBatch,
-    Seed,
-    TensorBoard,
-    Warmup,
-    WeightDecay,
-)
-from hookloop.loop import Loop
-
-BATCH, ACCUMULATE, FEATURES = 128, 4, 256
+BASE, CLIPS = "hand-written", "hand-written, clipping"
+SINGLE = (" alone", ", all but ")
 
 
-def build(device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    layers = [layer for _ in range(4) for layer in (nn.Linear(FEATURES, FEATURES), nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Linear(FEATURES, 10)).to(device)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device != "cpu")
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    kind: str
+    run: Callable[[Job], None]
+    against: str = BASE
+    gpu: bool = False  # needs one
 
 
-def data(steps: int, device: str) -> DataLoader[Any]:
-    count = steps * BATCH * ACCUMULATE
-    return DataLoader(TensorDataset(torch.randn(count, FEATURES), torch.randint(0, 10, (count,))), BATCH, shuffle=True)
+def variants(peers: bool) -> list[Variant]:
+    """Return every run, the hand-written loops first, since all others are held against them."""
+    found = [Variant(BASE, "written", hand_written)]
+    found.append(Variant(CLIPS, "written", functools.partial(hand_written, clip=True)))
+    for name, names in sets().items():
+        against = CLIPS if "ClipGradients" in names else BASE
+        found.append(Variant(name, "ours", functools.partial(ours, names=names), against))
+    graphed = {"hookloop, the same duties, CUDAGraph()": (DUTIES, BASE), report.GRAPHED: (sets()[report.ALL], CLIPS)}
+    for name, (names, against) in graphed.items():
+        found.append(Variant(name, "ours", functools.partial(ours, names=names, graphs=True), against, gpu=True))
+    found.append(Variant("CUDA graphs by hand", "graph", replayed, gpu=True))
+    found.append(Variant(report.BY_HAND, "graph", functools.partial(replayed, clip=True), CLIPS, gpu=True))
+    found.append(Variant("torch.compile", "compiled", functools.partial(compiled, mode="default")))
+    reduced = functools.partial(compiled, mode="reduce-overhead")
+    found.append(Variant("torch.compile, reduce-overhead", "compiled", reduced, gpu=True))
+    return found + [Variant(name, "peer", run) for name, run in PEERS.items() if peers]
 
 
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+def left_out(found: Iterable[Variant], chosen: list[str], quick: bool, gpu: bool) -> dict[str, str]:
+    """Return why a run is not made; what was not asked for goes without a word."""
+    why: dict[str, str] = {}
+    for one in found:
+        single = any(text in one.name for text in SINGLE)
+        asked = not chosen or any(text in one.name for text in chosen) or ("main" in chosen and not single)
+        if not asked and one.name not in (BASE, CLIPS):
+            why[one.name] = ""
+        elif one.gpu and not gpu:
+            why[one.name] = "left out: needs a GPU"
+        elif one.kind == "compiled" and quick:
+            why[one.name] = "left out of --quick: compiling alone takes longer"
+        elif one.kind == "peer" and importlib.util.find_spec(PACKAGES[one.name][0]) is None:
+            why[one.name] = "left out: not installed"
+    return why
 
 
-def wait(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+def once(one: Variant, load: Workload, device: torch.device, timed: int, profiled: bool = False) -> Watch:
+    """Make a run; raises RuntimeError where it ends before its last update."""
+    if load.workers or device.type == "cuda":  # workers of the run before end with its loader
+        gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    watch = Watch(device, load.warm, timed, profiled)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        one.run(Job(load, device, watch, folder))
+    if not watch.ended:
+        raise RuntimeError(f"it ended after {watch.done} of {watch.total} updates")
+    return watch
 
 
-def hand_written(steps: int, device: str) -> float:
-    """The forty lines: accumulation, warmup, clipping, two decay groups, TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    model, _ = build(device)
-    flat = [p for p in model.parameters() if p.ndim <= 1]
-    rest = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": rest, "weight_decay": 0.01}, {"params": flat, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=device != "cpu")
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 100))
-    loader, done = data(steps, device), 0
-    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        wait(device)
-        start = time.perf_counter()
-        for i, batch in enumerate(loader):
-            x, y = (part.to(device, non_blocking=True) for part in batch)
-            loss = loss_fn(model, (x, y)) / ACCUMULATE
-            loss.backward()
-            if (i + 1) % ACCUMULATE == 0:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                warmup.step()
-                optimizer.zero_grad()
-                done += 1
-                if done % 50 == 0:
-                    writer.add_scalar("train/loss", float(loss) * ACCUMULATE, done)
-                    writer.add_scalar("batch/grad_norm", float(norm), done)
-        wait(device)
-        return steps * BATCH * ACCUMULATE / (time.perf_counter() - start)
+def note(row: dict[str, Any], watch: Watch, load: Workload, device: torch.device) -> None:
+    """Add a round's figures to a row."""
+    micros = watch.timed * ACCUMULATE
+    row["us"].append(watch.seconds / micros * 1e6)
+    row["samples_per_s"] = [*(row["samples_per_s"] or []), micros * load.batch / watch.seconds]
+    if device.type == "cuda":
+        row["memory_mib"] = [*(row["memory_mib"] or []), torch.cuda.max_memory_reserved() / 2**20]
 
 
-def ours(steps: int, device: str) -> float:
-    seed = Seed(0)
-    model, optimizer = build(device)
-    with tempfile.TemporaryDirectory() as folder:
-        shaping = [WeightDecay(), Warmup(100), GradientAccumulation(ACCUMULATE), MicroBatch("auto"), ClipGradients(1.0)]
-        loop = Loop(model, optimizer, [seed, *shaping, TensorBoard(folder, every=50, grad_norm=True)])
-        loader = data(steps, device)
-        wait(device)
-        start = time.perf_counter()
-        state = loop.fit(loss_fn, loader, epochs=1)
-        wait(device)
-        return state.samples / (time.perf_counter() - start)
+def measure(load: Workload, found: list[Variant], skipped: dict[str, str], repetitions: int, timed: int) -> dict[str, Any]:
+    """Return a workload's part of the result (see report.py)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    errors: dict[str, str] = {}
+    rows = {one.name: report.row(one.name, one.kind, one.against) for one in found if one.name not in skipped}
+    runs = [one for one in found if one.name in rows]
+
+    def attempt(one: Variant, profiled: bool) -> None:
+        try:
+            watch = once(one, load, device, PROFILED if profiled else timed, profiled)
+            if profiled:
+                rows[one.name].update(watch.counts(ACCUMULATE))
+            else:
+                note(rows[one.name], watch, load, device)
+        except Exception as error:
+            if one.name in (BASE, CLIPS):
+                raise
+            errors[one.name] = f"failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            print(f"{load.name}, {one.name} {errors[one.name]}", file=sys.stderr, flush=True)
+            del rows[one.name]
+
+    for _ in range(repetitions):
+        for one in runs:
+            if one.name in rows:
+                attempt(one, profiled=False)
+    for one in runs:
+        if one.name in rows and device.type == "cuda":
+            attempt(one, profiled=True)
+    report.fill_ratios(list(rows.values()))
+    shown = {name: why for name, why in skipped.items() if why}
+    return {"title": load.title, "baseline": BASE, "part": "micro-batch", "batch": load.batch, "accumulate": ACCUMULATE,
+            "warm": load.warm, "updates": timed, "left_out": shown, "errors": errors, "runs": list(rows.values())}  # fmt: skip
 
 
-def main() -> None:
+def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=60)
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hand_written(5, device), ours(5, device)
-    pairs = [(hand_written(arguments.steps, device), ours(arguments.steps, device)) for _ in range(arguments.repetitions)]
-    ratios = sorted(b / a for a, b in pairs)
-    print(machine())
-    print(f"MLP 4x{FEATURES}, batch {BATCH}, accumulation {ACCUMULATE}, on {device}, {arguments.repetitions} pairs")
-    print(f"hand-written {statistics.median(a for a, _ in pairs):,.0f} samples/s, "
-          f"all callbacks {statistics.median(b for _, b in pairs):,.0f}; ratio {statistics.median(ratios):.3f} "
-          f"(from {ratios[0]:.3f} to {ratios[-1]:.3f})")  # fmt: skip
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--workloads", nargs="+", choices=list(workloads(False)), default=list(workloads(False)))
+    parser.add_argument("--variants", nargs="+", default=[])
+    parser.add_argument("--repetitions", type=int)
+    parser.add_argument("--updates", type=int, help="timed in a run, in place of the workload's own number")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    words = sys.argv[1:] if given is None else given
+    asked, gpu = arguments(words), torch.cuda.is_available()
+    if asked.out is not None:
+        report.pyplot()  # that it is missing is better known before
+    if not gpu:
+        torch.set_num_threads(1)  # threads that wait for one another on shared cores would be all that is measured
+    packages = tuple(package for peer in PACKAGES.values() for package in peer[1:]) if asked.peers else ()
+    found = report.result("throughput", " ".join(["python benchmarks/throughput.py", *words]), asked.quick, packages)
+    print(header(found["machine"]) + "\n", flush=True)
+    every = variants(asked.peers)
+    skipped = left_out(every, asked.variants, asked.quick, gpu)
+    failed = False
+    for name in asked.workloads:
+        load = workloads(asked.quick)[name]
+        part = measure(load, every, skipped, asked.repetitions or (1 if asked.quick else 5), asked.updates or load.updates)
+        found["workloads"][name] = part
+        failed |= any(one.kind != "peer" and one.name in part["errors"] for one in every)
+    print(report.markdown(found))
+    if asked.out is not None:
+        some = sorted(set(asked.workloads)) != sorted(workloads(False))
+        print(f"written: {report.save(found, asked.out, '-' + '-'.join(asked.workloads) if some else '')}")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
