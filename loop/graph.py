@@ -206,7 +206,7 @@ class Graphs(Eager):
 
 def on_device(optimizer: Optimizer, device: torch.device) -> None:
     """Have an optimizer read nothing on the host in its step: what counts and what scales it are tensors on the device."""
-    optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # torch warns of the first steps
+    optimizer._warned_capturable_if_run_uncaptured = True  # torch warns of the first steps
     for group in optimizer.param_groups:
         if "capturable" in group:
             group["capturable"] = True
