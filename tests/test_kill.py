@@ -394,7 +394,7 @@ def kill_again_and_again(server: Server, whole: dict[str, End], tmp_path: Path, 
 
 
 def test_rs_killed_at_random_moments(server: Server, whole: dict[str, End], tmp_path: Path) -> None:
-    kill_again_and_again(server, whole, tmp_path, kills=30, most=5, spread=True, seed=1)
+    kill_again_and_again(server, whole, tmp_path, kills=18, most=3, spread=True, seed=1)
 
 
 @pytest.mark.slow
