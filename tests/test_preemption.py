@@ -678,8 +678,7 @@ def random_signals(server: Server, expected: Any, tmp_path: Path, wanted: int, s
     raise AssertionError
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "background"), [(0, False), (2, True)])
 def test_sg1_random_instants(workers: int, background: bool, server: Server, expected: Any, tmp_path: Path) -> None:
     random_signals(server, expected, tmp_path, 4, workers + background, False, workers, background)
 
