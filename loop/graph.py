@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .batch import leaves, walk
+from .checks import say
 from .step import Eager, clear_gradients
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ class Graphs(Eager):
 
     def forget(self) -> None:
         """Record all anew, and give the memory back."""
-        self.micros.clear()
-        self.seen.clear()
+        for held in (self.micros, self.seen, self.given, self.like):  # each by the loss function, which may hold anything
+            held.clear()
         self.forget_update()
         self.pool = None
 
@@ -174,7 +175,7 @@ class Graphs(Eager):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            error.add_note(f"CUDAGraph could not record {what}{where(error)}: nothing in it may wait for the device (.item(), "
+            say(error, f"CUDAGraph could not record {what}{where(error)}: nothing in it may wait for the device (.item(), "
                            "float(), bool() or `if` of a tensor, .cpu(), nonzero), nor hang on values; keep it on the device "
                            "(torch.where), or leave CUDAGraph out")  # fmt: skip
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import say
 from ..goal import number
 from ..state import State
 
@@ -133,7 +134,7 @@ def repeat(run: Callable[[int], Any] | Mapping[str, Callable[[int], Any]], seeds
             try:
                 found[name].append(value(one(seed), metric, name, seed))
             except BaseException as error:
-                error.add_note(f"in {name} with seed {seed}; {metric} of what had ended: {found}")  # hours may lie in these
+                say(error, f"in {name} with seed {seed}; {metric} of what had ended: {found}")  # hours may lie in these
                 raise
         if len(set(found[name])) == 1:
             warnings.warn(f"{name} gave {metric}={found[name][0]} with every seed: does it build all anew, and use its seed? "
