@@ -1,13 +1,16 @@
 """Callbacks that each do one thing to training; they work in `Loop.fit`, by hand, and around your own loop."""
 
+from .average import Average
 from .batch_policies import Epochs, Plateau, Policy, Steps
 from .checkpoint import Checkpoint
 from .clip_gradients import ClipGradients
 from .cuda_graph import CUDAGraph
+from .dropout import Dropout
 from .dynamic_batch_size import DynamicBatchSize
 from .early_stopping import EarlyStopping
 from .fingerprint import Fingerprint
 from .gradient_accumulation import GradientAccumulation
+from .initialize import Initialize
 from .metrics import Metrics
 from .micro_batch import MicroBatch
 from .noise_scale import NoiseScale
@@ -17,18 +20,22 @@ from .progress import Progress
 from .schedule import Schedule
 from .seed import Seed
 from .tensorboard import TensorBoard
+from .unfreeze import Unfreeze
 from .warmup import Warmup
 from .weight_decay import WeightDecay
 
 __all__ = [
+    "Average",
     "CUDAGraph",
     "Checkpoint",
     "ClipGradients",
+    "Dropout",
     "DynamicBatchSize",
     "EarlyStopping",
     "Epochs",
     "Fingerprint",
     "GradientAccumulation",
+    "Initialize",
     "Metrics",
     "MicroBatch",
     "NoiseScale",
@@ -41,6 +48,7 @@ __all__ = [
     "Seed",
     "Steps",
     "TensorBoard",
+    "Unfreeze",
     "Warmup",
     "WeightDecay",
 ]

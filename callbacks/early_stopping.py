@@ -66,7 +66,7 @@ class EarlyStopping(Callback):
         if not math.isfinite(value) and self.nan == "stop":
             self._broken = f"{self.tracker.goal.metric} is {value} at step {state.step}"
         if self.tracker.update(value) and self.restore_best:
-            self._best = copy_of(state)
+            self._best = copy_of(state, state.eval_model)
         state.log("early_stopping", self.tracker.bad)
         self._decide(state)
 
@@ -98,7 +98,7 @@ class EarlyStopping(Callback):
         self._best, self._broken = state["weights"], state["broken"]
 
 
-def copy_of(state: State) -> dict[str, Any]:
-    """Return a copy of weights and buffers in host memory, by the names of the bare model."""
-    found = Named(state.model, state.optimizer).model_state()
+def copy_of(state: State, model: torch.nn.Module | None = None) -> dict[str, Any]:
+    """Return a copy of weights and buffers in host memory, by the names of the bare model; of `model` where it was validated."""
+    found = Named(model or state.model, state.optimizer).model_state()
     return {k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in found.items()}

@@ -1,0 +1,93 @@
+"""Initialize: how weights begin, by their layer's class."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..loop import rng
+from ..loop.callback import Callback
+from ..loop.rules import Rule, check_rules, matches, select
+from ..loop.state import State
+
+How = str | Callable[[Tensor], Any]
+
+
+def function(how: How) -> Callable[[Tensor], Any]:
+    """Return torch.nn.init's function of that name, with or without its underscore."""
+    if callable(how):
+        return how
+    known = [name[:-1] for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
+    if not isinstance(how, str) or how.rstrip("_") not in known:
+        near = ", ".join(get_close_matches(str(how), known, 3, 0))
+        raise ValueError(f"rules gives {how!r}, which is neither a function nor one of torch.nn.init's; the closest are {near}")
+    found: Callable[[Tensor], Any] = getattr(nn.init, how.rstrip("_") + "_")
+    return found
+
+
+class Initialize(Callback):
+    """Draws weights anew before the first step of a fresh run, never of a resumed one or of one entered again.
+
+    `rules`: a module's class, or an expression found in a parameter's name, -> the name of a function of `torch.nn.init`
+    ("kaiming_uniform", "trunc_normal", "orthogonal", ...) or a function that fills a tensor. A class decides what its
+    modules hold themselves but biases, which `bias` fills (None leaves them); the first rule that matches counts. With Seed
+    each parameter draws from a stream of its own, by its name, and nothing else moves. Raises ValueError for unknown names,
+    rules that match nothing, and functions that a shape does not suit, with the parameter.
+    (He et al. 2015, https://arxiv.org/abs/1502.01852; Glorot and Bengio 2010)
+    """
+
+    def __init__(self, rules: Mapping[Rule, How], bias: How | None = "zeros") -> None:
+        if not isinstance(rules, Mapping):
+            raise TypeError(f"rules must map module classes or expressions to functions of torch.nn.init, not {rules!r}")
+        check_rules("rules", rules)
+        self.rules = {rule: function(how) for rule, how in rules.items()}
+        self.bias = None if bias is None else function(bias)
+        self._done = False
+
+    def on_fit_start(self, state: State) -> None:
+        """Draw."""
+        done, self._done = self._done, True
+        if done or state.step:
+            return
+        select("rules", self.rules, state.model, set(state.model.parameters()))
+        for name, p, fill in decide(state.model, self.rules, self.bias):
+            streams = (
+                contextlib.nullcontext() if state.seed is None else rng.isolated(state.device, rng.derive(state.seed, name))
+            )
+            try:
+                with streams, torch.no_grad():
+                    fill(p)
+            except Exception as error:
+                raise ValueError(
+                    f"{name} of shape {tuple(p.shape)} can't be drawn so: {error}; give its layer another"
+                ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return whether it was done."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw no more: these weights were restored."""
+        self._done = True
+
+
+def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple[str, Tensor, Any]]:
+    """Return name, parameter and function, once for each parameter that a rule decides."""
+    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[Tensor, tuple[str, Tensor, Any]]()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        path, _, own = name.rpartition(".")
+        for rule, fill in rules.items():
+            if isinstance(rule, str):
+                hit, how = matches(rule, name, modules), fill
+            else:
+                hit, how = isinstance(modules[path], rule), bias if "bias" in own else fill
+            if hit and how is not None:
+                found.setdefault(p, (name, p, how))
+            if hit:
+                break
+    return list(found.values())

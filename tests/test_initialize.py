@@ -1,0 +1,129 @@
+"""Initialize: which parameters are drawn, how, when, and from which stream."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from torch import nn
+
+from hookloop.callbacks import Checkpoint, Initialize, NonFinite, Seed, WeightDecay
+from hookloop.loop import Callback, Loop, State
+
+
+def fives(p: torch.Tensor) -> None:
+    p.fill_(5.0)
+
+
+def start(model: nn.Module, own: Initialize, seed: int | None = None) -> None:
+    state = State(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    state.seed = seed
+    own.on_fit_start(state)
+
+
+def test_classes_and_expressions_decide() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    start(model, Initialize({r"^3\.": "ones_", nn.Linear: fives, nn.LayerNorm: "zeros"}, bias=None))
+    after = dict(model.named_parameters())
+    assert torch.equal(after["3.weight"], torch.ones(2, 3))
+    assert torch.equal(after["1.weight"], torch.full((3, 3), 5.0))
+    assert torch.equal(after["2.weight"], torch.zeros(3))
+    for name in ("0.weight", "1.bias", "2.bias"):
+        assert torch.equal(after[name], before[name])
+    start(model, Initialize({nn.Linear: "kaiming_uniform"}, bias="ones"))
+    assert torch.equal(after["1.bias"], torch.ones(3))
+
+
+def test_the_draws_are_those_of_torch() -> None:
+    model, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    torch.manual_seed(7)
+    nn.init.kaiming_normal_(other.weight)
+    torch.manual_seed(7)
+    start(model, Initialize({nn.Linear: "kaiming_normal"}))
+    assert torch.equal(model.weight, other.weight)
+    assert not model.bias.any()
+
+
+def test_with_a_seed_each_draws_by_its_name_and_nothing_moves() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4))
+
+    torch.manual_seed(1)
+    before, models = torch.get_rng_state(), []
+    for seed, rules in ((3, {nn.Linear: "normal"}), (3, {"1": "normal", "0": "normal"}), (4, {nn.Linear: "normal"})):
+        models.append(make())
+        torch.set_rng_state(before)
+        start(models[-1], Initialize(rules), seed)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+    assert torch.equal(models[0][1].weight, models[1][1].weight)
+    assert not torch.equal(models[0][0].weight, models[0][1].weight)
+    assert not torch.equal(models[0][0].weight, models[2][0].weight)
+
+
+def test_tied_weights_are_drawn_once() -> None:
+    calls: list[int] = []
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    start(model, Initialize({nn.Linear: lambda p: calls.append(p.numel())}))
+    assert calls == [9]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_in_any_order_of_the_callbacks_and_before_the_first_step_only(form: Any) -> None:
+    found = []
+    for order in itertools.permutations(range(3)):
+        first = Seed(3)
+        model = net(seed=5)
+        own: list[Callback] = [Initialize({nn.Linear: "orthogonal"}), WeightDecay(), NonFinite("rollback")]
+        loop = Loop(model, adamw(model), [first, *(own[i] for i in order)])
+        form(loop, loss_fn, loader(), epochs=1)
+        form(loop, loss_fn, loader(), epochs=2)
+        found.append(bits(loop))
+        assert_same_bits(found[0], found[-1])
+    first = Seed(3)
+    model = net(seed=5)
+    start(model, Initialize({nn.Linear: "orthogonal"}), 3)
+    other = Loop(model, adamw(model), [first, WeightDecay()])
+    form(other, loss_fn, loader(), epochs=2)
+    assert_same_bits(found[0], bits(other))
+
+
+@pytest.mark.parametrize("kill", [1, 5, 9])
+def test_a_resumed_run_is_not_drawn_anew(kill: int, tmp_path: Path) -> None:
+    def go(folder: Path, at: int | None) -> Loop:
+        first = Seed(3)
+        model = net(seed=5)
+        own = [first, Initialize({nn.Linear: "normal"}), Checkpoint(folder, every=1), KillAt(at)]
+        loop = Loop(model, adamw(model), own, resume=folder)
+        built_in(loop, loss_fn, loader(), epochs=2)
+        return loop
+
+    expected = go(tmp_path / "a", None)
+    with pytest.raises(Killed):
+        go(tmp_path / "b", kill)
+    assert_same_bits(bits(expected), bits(go(tmp_path / "b", None)))
+
+
+@pytest.mark.parametrize(("rules", "says"), [
+    ({nn.Linear: "kaiming"}, r"'kaiming', which is neither a function nor one of torch\.nn\.init's; the closest are kaiming"),
+    ({nn.Linear: 3}, "3, which is neither"), ({3: "zeros"}, "rules has 3, neither an expression nor"),
+    ({"(": "zeros"}, "rules has"), ({}, "rules holds no rule"),
+])  # fmt: skip
+def test_bad_rules(rules: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Initialize(rules)
+
+
+def test_what_does_not_fit_the_model() -> None:
+    with pytest.raises(ValueError, match=r"rules has 'wieght', which matches nothing; the closest are weight"):
+        start(nn.Linear(2, 2), Initialize({"wieght": "zeros"}))
+    with pytest.raises(ValueError, match=r"weight of shape \(3,\) can't be drawn so: Fan in.*give its layer another"):
+        start(nn.LayerNorm(3), Initialize({nn.LayerNorm: "xavier_uniform"}))
+    with pytest.raises(TypeError, match="rules must map"):
+        Initialize("zeros")  # type: ignore[arg-type]

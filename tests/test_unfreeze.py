@@ -1,0 +1,113 @@
+"""Unfreeze: what trains from which epoch on, against a loop that freezes by hand."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from torch import nn
+
+from hookloop.callbacks import Checkpoint, NonFinite, Seed, Unfreeze, Warmup, WeightDecay
+from hookloop.loop import Callback, Loop, State
+
+PLAN: Any = {0: r"^4\.", 1: [nn.BatchNorm1d], 3: "."}
+
+
+def run(form: Any, *own: Callback, epochs: int = 5, **kwargs: Any) -> Loop:
+    first = Seed(3)
+    model = net(seed=5)
+    loop = Loop(model, adamw(model), [first, *own], **kwargs)
+    form(loop, loss_fn, loader(40, 8), loader(8, 8), epochs=epochs)
+    return loop
+
+
+class ByHand(Callback):
+    """The same, written out for this net."""
+
+    def on_epoch_start(self, state: State) -> None:
+        for i, begins in ((0, 3), (1, 1), (4, 0)):
+            for p in state.model[i].parameters():
+                p.requires_grad_(state.epoch >= begins)
+        state.model[1].train(state.epoch >= 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_the_loop_that_freezes_by_hand(form: Any) -> None:
+    for epochs in (1, 2, 3, 4, 5):
+        assert_same_bits(bits(run(form, ByHand(), epochs=epochs)), bits(run(form, Unfreeze(PLAN), epochs=epochs)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_frozen_has_no_gradient_no_state_and_its_statistics_stay(form: Any) -> None:
+    seen: list[Any] = []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, state: State) -> None:
+            seen.append((state.epoch, [p.grad is not None for p in state.model.parameters()], state.model[1].training))
+
+    first = Seed(3)
+    model = net(seed=5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    loop = Loop(model, adamw(model), [first, Unfreeze(PLAN), Look()])
+    form(loop, loss_fn, loader(40, 8), loader(8, 8), epochs=1)
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["4.weight", "4.bias"]
+    assert set(loop.state.optimizer.state) == set(model[4].parameters())
+    form(loop, loss_fn, loader(40, 8), loader(8, 8), epochs=4)
+    trained = {epoch: (grads, mode) for epoch, grads, mode in seen}
+    assert trained == {0: ([False] * 4 + [True] * 2, False), 1: ([False] * 2 + [True] * 4, True),
+                       2: ([False] * 2 + [True] * 4, True), 3: ([True] * 6, True)}  # fmt: skip
+    assert loop.state.metrics["frozen"] == 0
+
+
+def test_what_no_rule_matches_trains_all_along() -> None:
+    model = net(seed=5)
+    loop = Loop(model, adamw(model), [Unfreeze({2: "^0"})])
+    loop.fit(loss_fn, loader(), epochs=1)
+    assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 4
+
+
+def test_in_any_order_of_the_callbacks() -> None:
+    found = []
+    for order in itertools.permutations(range(4)):
+        own: list[Callback] = [Unfreeze(PLAN), WeightDecay(), Warmup(8), NonFinite("skip")]
+        found.append(bits(run(built_in, *(own[i] for i in order))))
+        assert_same_bits(found[0], found[-1])
+
+
+@pytest.mark.parametrize("kill", [1, 4, 5, 6, 14, 15, 16, 24])
+def test_killed_and_resumed_it_is_the_same_run(kill: int, tmp_path: Path) -> None:
+    def go(folder: Path, at: int | None) -> Loop:
+        return run(built_in, Unfreeze(PLAN), Checkpoint(folder, every=1), KillAt(at), resume=folder)
+
+    expected = go(tmp_path / "a", None)
+    with pytest.raises(Killed):
+        go(tmp_path / "b", kill)
+    assert_same_bits(bits(expected), bits(go(tmp_path / "b", None)))
+
+
+@pytest.mark.parametrize(("plan", "says"), [
+    ({}, "plan must map epochs to rules"), ("layer4", "plan must map epochs to rules"), ({-1: "a"}, "not -1"),
+    ({1.5: "a"}, "not 1.5"),    ({0: 3}, r"plan\[0\] has|not iterable"), ({0: []}, r"plan\[0\] holds no rule"),
+    ({0: "("}, r"plan\[0\] has '\('"),
+])  # fmt: skip
+def test_bad_plans(plan: Any, says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        Unfreeze(plan)
+
+
+def test_plans_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"plan\[1\] has 'haed', which matches nothing; the closest are"):
+        run(built_in, Unfreeze({1: "haed"}))
+    with pytest.raises(ValueError, match=r"plan\[2\] decides nothing: epochs before it match all that it does"):
+        run(built_in, Unfreeze({0: ".", 2: "^4"}))
+    model = net()
+    with pytest.raises(ValueError, match=r"plan unfreezes 0\.weight, 0\.bias, which the optimizer does not hold"):
+        Loop(model, torch.optim.SGD(model[4].parameters(), lr=0.1), [Unfreeze({2: "^0"})]).fit(loss_fn, loader(), epochs=1)
+    with pytest.raises(ValueError, match=r"Unfreeze needs on_epoch_start"), Loop(model, adamw(model), [Unfreeze(PLAN)]) as loop, \
+            loop.updating():  # fmt: skip
+        pass
