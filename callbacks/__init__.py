@@ -5,6 +5,7 @@ from .batch_policies import Epochs, Plateau, Policy, Steps
 from .checkpoint import Checkpoint
 from .clip_gradients import ClipGradients
 from .cuda_graph import CUDAGraph
+from .diagnose import Diagnose
 from .dropout import Dropout
 from .dynamic_batch_size import DynamicBatchSize
 from .early_stopping import EarlyStopping
@@ -29,6 +30,7 @@ __all__ = [
     "CUDAGraph",
     "Checkpoint",
     "ClipGradients",
+    "Diagnose",
     "Dropout",
     "DynamicBatchSize",
     "EarlyStopping",

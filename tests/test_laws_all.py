@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from hookloop.callbacks import (
     Checkpoint,
     ClipGradients,
+    Diagnose,
     DynamicBatchSize,
     EarlyStopping,
     Fingerprint,
@@ -51,7 +52,7 @@ def shaping() -> list[Callback]:
 def watching(folder: Path) -> list[Callback]:
     return [TensorBoard(folder, every=2, grad_norm=True), Progress(every=0.001), Checkpoint(folder, every=3, keep=None),
             Metrics({"acc": MulticlassAccuracy(3)}, training=True), NonFinite("rollback", every=4),
-            Fingerprint(5)]  # fmt: skip
+            Fingerprint(5), Diagnose()]  # fmt: skip
 
 
 def run(form: Any, callbacks: list[Callback]) -> Any:
@@ -150,7 +151,8 @@ def test_no_callback_adds_a_read_to_a_step(kind: str, tmp_path: Path) -> None:
                         loop.update()
         return mode.count / (min(loop.state.step, 12) - 4)
 
-    quiet = [TensorBoard(tmp_path, every=500), Progress(every=1e6), Checkpoint(tmp_path, every=500), Fingerprint(500)]
+    quiet = [TensorBoard(tmp_path, every=500), Progress(every=1e6), Checkpoint(tmp_path, every=500), Fingerprint(500),
+             Diagnose()]  # fmt: skip
     bare = reads([])
     assert (bare > 0) == (kind == "adamw")
     assert bare == reads([Seed(0), *shaping()[:4], MicroBatch("auto"), *shaping()[5:], *quiet])
@@ -171,7 +173,7 @@ def test_a_step_reads_nothing_back(kind: str, tmp_path: Path, monkeypatch: pytes
         return {"loss": torch.nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
 
     quiet = [TensorBoard(tmp_path, every=500), Progress(every=1e6), Checkpoint(tmp_path, every=500), Fingerprint(500), NonFinite(),
-             Metrics({"acc": MulticlassAccuracy(3)}), Preemption(on_signal="return")]  # fmt: skip
+             Diagnose(), Metrics({"acc": MulticlassAccuracy(3)}), Preemption(on_signal="return")]  # fmt: skip
     planned = (
         shaping()[:4] if kind == "adamw" else [Warmup(5), GradientAccumulation(2), DynamicBatchSize(6, 13, every=NoiseScale(2))]
     )

@@ -1,0 +1,120 @@
+"""Diagnose: what ails a run, in words."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from ..loop.callback import Callback
+from ..loop.goal import number
+from ..loop.host import HostCopy
+from ..loop.state import State
+from .curves import Interval, Point
+from .verdicts import KINDS, Finding, verdict
+
+CHUNK = 64  # losses copied at once, so that a step costs a list's append
+log = logging.getLogger("hookloop")
+
+
+class Diagnose(Callback):
+    """Says in words what ails training, at each report and at the end, with the numbers it goes by and the remedy; or nothing.
+
+    It goes by each update's loss and the report's `metric` (None: "val_loss" where that is reported, else training alone).
+    `target`: the training loss that is good enough (None: a tenth of the first update's, which a language model's, say, never
+    reaches: name one). The words go to the log `hookloop`;
+    `finding` holds the last, `state.metrics["diagnose/<kind>"]` is 1 for it, one of divergence, rate_too_high, noise,
+    overfitting, plateau, rate_too_low, underfitting; all but the first two need four reports, at even distances. Losses travel
+    to the host while training goes on, and are waited for at a report, a save and the end. Raises ValueError for bad settings
+    and for updates that come without a loss, KeyError for a metric that was named and not reported.
+    (Ng 2018, Machine Learning Yearning; Smith 2018, https://arxiv.org/abs/1803.09820; Bengio 2012,
+    https://arxiv.org/abs/1206.5533; Karpathy 2019, A Recipe for Training Neural Networks)
+    """
+
+    def __init__(self, metric: str | None = None, target: float | None = None) -> None:
+        if metric is not None and (not isinstance(metric, str) or not metric):
+            raise ValueError(f"metric must be the name of a validation loss, such as 'val_loss', or None, not {metric!r}")
+        known = isinstance(target, int | float) and not isinstance(target, bool) and math.isfinite(target)
+        if target is not None and not known:
+            raise ValueError(f"target must be a finite loss that is good enough, or None, not {target!r}")
+        self.metric, self.target, self.watches = metric, target, () if metric is None else (metric,)
+        self.points: list[Point] = []
+        self.first: float | None = None
+        self.finding: Finding | None = None
+        self._now, self._losses, self._host = Interval(), list[Any](), HostCopy()
+
+    def on_fit_start(self, state: State) -> None:
+        """Begin all curves at once, so that the order in which callbacks log is theirs and not the list's."""
+        for kind in KINDS:
+            state.log(f"diagnose/{kind}", int(self.finding is not None and self.finding.kind == kind))
+
+    def on_step_end(self, state: State) -> None:
+        """Take the update's loss in, where it lies."""
+        for rate in state.rates:
+            if isinstance(rate, float) and rate > self._now.top:  # one on a device is read at reports alone
+                self._now.top = rate
+        if (loss := state.metrics.get("loss")) is None:
+            raise ValueError("Diagnose goes by the loss of each update: with loop.updating(loss=loss.detach())")
+        self._losses.append(loss)
+        if len(self._losses) >= CHUNK:
+            self._send()
+            self._take()
+
+    def _send(self) -> None:
+        losses, self._losses = self._losses, []
+        if losses:
+            found = torch.stack([torch.as_tensor(loss).detach().float() for loss in losses])
+            self._host.put(None, {"losses": found}, most_dims=1)
+
+    def _take(self, all: bool = False) -> None:
+        if all:
+            self._send()
+        for _, found in self._host.take(all):
+            for loss in found["losses"]:
+                self.first = loss if self.first is None else self.first
+                self._now.add(loss)
+
+    def _judge(self, state: State, val: float | None) -> Point:
+        point = self._now.point(state.step, val, max((float(rate) for rate in state.rates), default=0.0))
+        scale, size = state.metrics.get("noise_scale"), state.update_size * state.world
+        noise = None if scale is None or not size else number("noise_scale", scale) / size
+        self.finding = verdict([*self.points, point], self.first or 0.0, self.target, noise)
+        for kind in KINDS:
+            state.log(f"diagnose/{kind}", int(self.finding is not None and self.finding.kind == kind))
+        return point
+
+    def on_validation_end(self, state: State) -> None:
+        """Judge the run up to this report."""
+        self._take(all=True)
+        name = self.metric or "val_loss"
+        if self.metric is not None and name not in state.reported:
+            raise KeyError(f"Diagnose watches {name!r}, which was not reported; there are: {', '.join(sorted(state.reported))}")
+        if not self._now.count:  # reported again, with no update in between
+            return
+        self.points.append(self._judge(state, number(name, state.metrics[name]) if name in state.reported else None))
+        self._now = Interval(last=self._now.last)
+        self._say(f"step {state.step}")
+
+    def on_fit_end(self, state: State) -> None:
+        """Say how it ended, also where a loss that is not finite ended it before a report."""
+        self._take(all=True)
+        if self._now.count and not math.isfinite(self._now.total):
+            self._judge(state, None)
+        self._say(f"at the end, step {state.step}")
+
+    def _say(self, where: str) -> None:
+        if self.finding is not None:
+            log.warning("%s: %s", where, self.finding)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the curves, once all losses are here."""
+        self._take(all=True)
+        return {"first": self.first, "points": [list(point) for point in self.points], "now": vars(self._now).copy(),
+                "finding": None if self.finding is None else list(self.finding)}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.first, self.points, self._now = state["first"], [Point(*p) for p in state["points"]], Interval(**state["now"])
+        self.finding = None if state["finding"] is None else Finding(*state["finding"])
