@@ -224,6 +224,22 @@ def test_what_only_a_forward_changes_comes_back_with_modes_and_a_scheduler_is_no
     assert known == {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_scaler_keeps_its_scale_and_its_count(way: Any) -> None:
+    def one(looks: bool) -> Any:
+        model = net()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
+        loop = Loop(model, adamw(model), [Look("on_step_end", 3, way)] if looks else [], scaler=scaler)
+        if looks:
+            way(loop, loader())  # before it has a scale on the device
+        loop.fit(loss_fn, loader(), epochs=2)
+        return bits(loop), scaler.state_dict()
+
+    a, b = one(True), one(False)
+    assert_same_bits(a[0], b[0])
+    assert a[1] == b[1]
+
+
 def test_an_update_holds_what_the_runs_next_one_holds() -> None:
     def sizes(*callbacks: Callback, **more: Any) -> list[int]:
         seen = []
