@@ -11,6 +11,7 @@ from .dynamic_batch_size import DynamicBatchSize
 from .early_stopping import EarlyStopping
 from .fingerprint import Fingerprint
 from .gradient_accumulation import GradientAccumulation
+from .hard_examples import HardExamples
 from .initialize import Initialize
 from .metrics import Metrics
 from .micro_batch import MicroBatch
@@ -37,6 +38,7 @@ __all__ = [
     "Epochs",
     "Fingerprint",
     "GradientAccumulation",
+    "HardExamples",
     "Initialize",
     "Metrics",
     "MicroBatch",

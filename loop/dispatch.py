@@ -173,10 +173,10 @@ class Dispatch:
             self.state.exception = self.state.micro = None
 
     def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool,
-                  share: Any = None) -> None:  # fmt: skip
+                  share: Any = None, split: str = "train") -> None:  # fmt: skip
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
-        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share)
+        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share, split)
         streams, attempt = self.streams, self.state.step + self.state.skipped
         with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
             self._run("on_micro_end")

@@ -49,8 +49,9 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
         try:
             model.eval()
             count = 0
-            for data in _read(loader, state, may_leave):
-                count = _one_batch(loop, loss_fn, model, data, count, means)
+            for place, data in enumerate(_read(loader, state, may_leave)):
+                read = Chunk(data, in_sequence(loader, place) if loop.hooks["on_micro_end"] else None)
+                count = _one_batch(loop, loss_fn, model, read, count, means, prefix.rstrip("_"))
             if may_leave and state.leaving:
                 return None
             if not count:
@@ -91,11 +92,12 @@ def _read(loader: Any, state: State, may_leave: bool) -> Iterator[Any]:
         warnings.warn(f"{text} in an evaluation", stacklevel=2)
 
 
-def _one_batch(loop: Session, loss_fn: Any, model: Any, data: Any, count: int, means: dict[str, Mean]) -> int:
-    state, start, total = loop.state, 0, loop.measure(data)
+def _one_batch(loop: Session, loss_fn: Any, model: Any, read: Chunk, count: int, means: dict[str, Mean], split: str) -> int:
+    state, start, total = loop.state, 0, loop.measure(read.data)
+    read.size = total
     while start < total:
         a, b = batches.equal_cuts(total - start, state.eval_micro_batch_size)[0]
-        chunk = piece(Chunk(data, None, total), start + a, start + b, loop.cut)
+        chunk = piece(read, start + a, start + b, loop.cut)
         if model.training:
             back_to_eval(loop, model)
         batch = chunk.data
@@ -113,6 +115,6 @@ def _one_batch(loop: Session, loss_fn: Any, model: Any, data: Any, count: int, m
         for name, value in outputs.items():
             if single(value) and (isinstance(weight, torch.Tensor) or weight > 0):
                 means.setdefault(name, Mean()).add(value, weight)
-        loop.micro_end(chunk, batch, outputs, weight, count, training=False)
+        loop.micro_end(chunk, batch, outputs, weight, count, False, split=split)
         start, count = start + b - a, count + 1
     return count

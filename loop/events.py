@@ -110,6 +110,14 @@ class Events:
 
         self.write(self.step, time.time(), {}, [summary(tag, text)])
 
+    def show(self, step: int, tag: str, text: str, picture: Any = None) -> None:
+        """Write Markdown and a picture (a tensor (C, H, W) of values from 0 to 1) that belong to a step."""
+        from torch.utils.tensorboard.summary import image
+        from torch.utils.tensorboard.summary import text as summary
+
+        pictures = [] if picture is None else [image(tag, picture, dataformats="CHW")]
+        self.write(step, time.time(), {}, [summary(tag, text), *pictures])
+
     def hparams(self, settings: Mapping[str, Any], tags: Iterable[str]) -> None:
         """Write, after all that is pending, the HParams page's row: settings, and these tags' last values."""
         self.drain(all=True)

@@ -30,12 +30,12 @@ class HostCopy:
         self.pending.append((about, found, events))
 
     def take(self, all: bool = False) -> list[tuple[Any, dict[str, Any]]]:
-        """Return pairs (about, name -> float, or list) of what has arrived; `all` waits for the rest."""
+        """Return pairs (about, name -> float, list, or tensor of 3 dimensions on) of what arrived; `all` waits for the rest."""
         done = []
         while self.pending and (all or not [event for event in self.pending[0][2] if not event.query()]):
             about, found, events = self.pending.popleft()
             for event in events:
                 event.synchronize()
-            plain = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in found.items()}
-            done.append((about, {k: v if isinstance(v, list) else float(v) for k, v in plain.items()}))
+            plain = {k: v.tolist() if hasattr(v, "tolist") and v.ndim < 3 else v for k, v in found.items()}
+            done.append((about, {k: v if isinstance(v, list | torch.Tensor) else float(v) for k, v in plain.items()}))
         return done

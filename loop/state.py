@@ -36,6 +36,7 @@ class MicroEnd:
     number: int  # 0 is the first micro-batch of this step's try, or of this evaluation
     size: int
     share: float | Tensor | None = None  # its weight over the step's; None where it is the whole step, or in evaluation
+    split: str = "train"  # in evaluation "val", or "val_<name>" of a mapping's loader
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from hookloop.callbacks import (
     EarlyStopping,
     Fingerprint,
     GradientAccumulation,
+    HardExamples,
     Metrics,
     MicroBatch,
     NoiseScale,
@@ -52,13 +53,18 @@ def shaping() -> list[Callback]:
 def watching(folder: Path) -> list[Callback]:
     return [TensorBoard(folder, every=2, grad_norm=True), Progress(every=0.001), Checkpoint(folder, every=3, keep=None),
             Metrics({"acc": MulticlassAccuracy(3)}, training=True), NonFinite("rollback", every=4),
-            Fingerprint(5), Diagnose()]  # fmt: skip
+            Fingerprint(5), Diagnose(), HardExamples(4, every=3, folder=folder)]  # fmt: skip
+
+
+def with_losses(model: Any, batch: Any) -> Any:
+    found = loss_fn(model, batch)
+    return {**found, "losses": torch.nn.functional.cross_entropy(found["preds"].detach(), batch[1], reduction="none")}
 
 
 def run(form: Any, callbacks: list[Callback]) -> Any:
     seed, model = Seed(5), net(seed=5)
     loop = Loop(model, adamw(model), [seed, *callbacks])
-    form(loop, loss_fn, loader(50, 8), loader(20, 8, shuffle=False), epochs=3)
+    form(loop, with_losses, loader(50, 8), loader(20, 8, shuffle=False), epochs=3)
     return loop, bits(loop)
 
 
