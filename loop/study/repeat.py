@@ -212,5 +212,5 @@ def stats() -> Any:
     try:
         import scipy.stats
     except ImportError:
-        raise ImportError("repeat needs scipy: pip install 'hookloop[study]'") from None
+        raise ImportError("what tells chance from gain needs scipy: pip install 'hookloop[study]'") from None
     return scipy.stats
