@@ -462,3 +462,19 @@ def test_a_step_reads_nothing_back(tmp_path: Path) -> None:
             assert len(hard.examples["train"]) == 5
         else:
             hard._events.close()  # type: ignore[union-attr]
+
+
+def test_pictures_of_a_window_that_was_cut_off_come_back(tmp_path: Path) -> None:
+    x, y = torch.randn(30, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+
+    def one(folder: Path, *more: Callback, **kw: Any) -> list[bytes]:
+        seed, model = Seed(0), nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+        callbacks = [*more, seed, HardExamples(6, folder=folder), Checkpoint(folder / "saved", every=1)]
+        Loop(model, adamw(model), callbacks, **kw).fit(loss_fn, DataLoader(TensorDataset(x, y), 4, shuffle=True), epochs=2)
+        return [found.encoded_image_string for found in shown(folder)[1]["hard_examples/train"]]
+
+    whole = one(tmp_path / "whole")
+    assert len(whole) == len({*whole}) == 2
+    with pytest.raises(Killed):
+        one(tmp_path / "cut", KillAt(13))  # of 8 updates an epoch
+    assert one(tmp_path / "cut", resume=tmp_path / "cut/saved") == whole
