@@ -5,6 +5,7 @@ from .batch_policies import Epochs, Plateau, Policy, Steps
 from .checkpoint import Checkpoint
 from .clip_gradients import ClipGradients
 from .cuda_graph import CUDAGraph
+from .decay_schedule import DecaySchedule
 from .diagnose import Diagnose
 from .dropout import Dropout
 from .dynamic_batch_size import DynamicBatchSize
@@ -13,6 +14,7 @@ from .fingerprint import Fingerprint
 from .gradient_accumulation import GradientAccumulation
 from .hard_examples import HardExamples
 from .initialize import Initialize
+from .layerwise_rate import LayerwiseRate
 from .metrics import Metrics
 from .micro_batch import MicroBatch
 from .noise_scale import NoiseScale
@@ -31,6 +33,7 @@ __all__ = [
     "CUDAGraph",
     "Checkpoint",
     "ClipGradients",
+    "DecaySchedule",
     "Diagnose",
     "Dropout",
     "DynamicBatchSize",
@@ -40,6 +43,7 @@ __all__ = [
     "GradientAccumulation",
     "HardExamples",
     "Initialize",
+    "LayerwiseRate",
     "Metrics",
     "MicroBatch",
     "NoiseScale",

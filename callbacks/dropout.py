@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from ..loop.callback import Callback
-from ..loop.rules import Rule, check_rules, select
+from ..loop.rules import Rule, rule_list, select
 from ..loop.state import State
 
 Value = float | Mapping[int, float] | Callable[[float], float]
@@ -39,7 +39,7 @@ class Dropout(Callback):
             if not p or any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in p):
                 raise ValueError(f"p must map epochs (from 0) to probabilities, not {dict(p)!r}")
             p = {epoch: probability(value) for epoch, value in sorted(p.items())}
-        self.p, self.rules = p, check_rules("modules", modules)
+        self.p, self.rules = p, rule_list("modules", modules)
         self._found: dict[nn.Module, str] = {}
         self._before: dict[nn.Module, float] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..loop import rng
 from ..loop.callback import Callback
-from ..loop.rules import Rule, check_rules, matches, select
+from ..loop.rules import Rule, matches, rule_list, select
 from ..loop.state import State
 
 How = str | Callable[[Tensor], Any]
@@ -44,7 +44,7 @@ class Initialize(Callback):
     def __init__(self, rules: Mapping[Rule, How], bias: How | None = "zeros") -> None:
         if not isinstance(rules, Mapping):
             raise TypeError(f"rules must map module classes or expressions to functions of torch.nn.init, not {rules!r}")
-        check_rules("rules", rules)
+        rule_list("rules", rules)
         self.rules = {rule: function(how) for rule, how in rules.items()}
         self.bias = None if bias is None else function(bias)
         self._done = False

@@ -72,7 +72,7 @@ class TensorBoard(Callback):
         self._events.put(state.step, {
             **{f"train/{name}": value for name, value in given.items()},
             **{f"rate/group{i}": rate for i, rate in enumerate(state.rates or [g["lr"] for g in groups])},
-            **{f"decay/group{i}": group.get("weight_decay") for i, group in enumerate(groups)},
+            **{f"decay/group{i}": decay for i, decay in enumerate(state.decays or [g.get("weight_decay") for g in groups])},
             "batch/size": size, "batch/micro_size": state.micro_size or size,
             "batch/accumulate": state.accumulate, "batch/grad_norm": state.grad_norm if self.grad_norm else None,
             "speed/samples_per_s": used / max(now - since, 1e-9) if used else None, "speed/seconds": state.seconds,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ..loop.callback import Callback
-from ..loop.rules import Rule, check_rules, select
+from ..loop.rules import Rule, rule_list, select
 from ..loop.state import State
 
 
@@ -27,7 +27,7 @@ class Unfreeze(Callback):
         for epoch in plan:
             if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
                 raise ValueError(f"plan must map epochs (from 0) to rules, not {epoch!r}")
-        self.plan = {epoch: check_rules(f"plan[{epoch}]", plan[epoch]) or [] for epoch in sorted(plan)}
+        self.plan = {epoch: rule_list(f"plan[{epoch}]", plan[epoch]) or [] for epoch in sorted(plan)}
         self._from: dict[Tensor, int] = {}
 
     def on_setup(self, state: State) -> None:

@@ -1,10 +1,19 @@
-"""What the parameter groups of an optimizer hold, as rows and as a table."""
+"""The parameter groups of an optimizer: what they hold, as rows and as a table, and how they are split and joined."""
+
+from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import UninitializedParameter as lazy
+
+if TYPE_CHECKING:
+    from .state import State
+
+Group = dict[str, Any]
 
 
 def fold(names: list[str]) -> str:
@@ -37,3 +46,44 @@ def put(group: dict[str, Any], settings: dict[str, Any]) -> None:
             group[name].copy_(value)
         else:
             group[name] = value
+
+
+def regroup(groups: list[Group], changes: Mapping[str, Mapping[Tensor, Any]], places: Mapping[Tensor, int] = {}) -> list[Group]:
+    """Return the groups split by new settings and those with equal ones joined; what `changes` lacks keeps its group's.
+
+    `places`: parameter -> where it stood at first. Groups and what they hold stand in that order, so that of several
+    callbacks that split them any may come first.
+    """
+    new: dict[Any, Group] = {}
+    found = [(places.get(p, len(places)), p, i, group) for group in groups for i, p in enumerate(group["params"])]
+    for p, i, group in {p: (p, i, group) for _, p, i, group in sorted(found, key=lambda one: one[0])}.values():
+        lists = [k for k in ("params", "param_names") if k in group]
+        own = {k: v for k, v in group.items() if k not in lists} | {k: new[p] for k, new in changes.items() if p in new}
+        values = {k: str(v.tolist()) if isinstance(v, Tensor) else v for k, v in sorted(own.items())}
+        equal = tuple((k, v if isinstance(v, Hashable) else id(v)) for k, v in values.items())
+        if equal not in new:
+            # two groups that shared a rate's tensor would each scale it
+            taken = {id(v) for g in new.values() for v in g.values()}
+            settings = {k: v.clone() if isinstance(v, Tensor) and id(v) in taken else v for k, v in sorted(own.items())}
+            new[equal] = {**{k: [] for k in lists}, **settings}
+        for k in lists:
+            new[equal][k].append(group[k][i])
+    return list(new.values())
+
+
+def set_groups(state: State, changes: Mapping[str, Mapping[Tensor, Any]]) -> None:
+    """Give parameters other settings; raises ValueError where a scheduler was built on what would change."""
+    groups = state.optimizer.param_groups
+    new = regroup(groups, changes, state.places)
+    moved = "lr" in changes or [set(group["params"]) for group in groups] != [set(group["params"]) for group in new]
+    if moved and not state.rates_by_layer and any("initial_lr" in group for group in groups):
+        raise ValueError("a scheduler was built on these groups; build it as Schedule(lambda optimizer, total_steps: ...). (Or an "
+                         "earlier Loop's LayerwiseRate set their rates: then build the optimizer anew.)")  # fmt: skip
+    groups[:] = new
+    state.rates_by_layer |= "lr" in changes
+
+
+def check_decays(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer without weight decay."""
+    if any("weight_decay" not in group for group in optimizer.param_groups):
+        raise ValueError(f"{type(optimizer).__name__} has no weight_decay; take an optimizer that has one, such as AdamW")

@@ -1,27 +1,41 @@
-"""Rules that choose parameters or modules: expressions found in names, or classes."""
+"""Rules that say something of parameters or modules, by their names or by the classes of the modules around them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 Rule = str | type[nn.Module]
+T = TypeVar("T")
 
 
-def check_rules(argument: str, rules: Iterable[Rule] | Rule | None) -> list[Rule] | None:
-    """Return rules as a list; raises ValueError for what is neither an expression nor a module's class."""
+def check_rules(rules: Any, what: str, hint: str) -> None:
+    """Refuse what is no mapping from expressions and module classes to `what`."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules must map expressions or module classes to {what}, not {rules!r}; {hint}")
+    for rule in rules:
+        check_rule("rules", rule)
+
+
+def check_rule(argument: str, rule: Any) -> None:
+    """Refuse what is neither an expression nor a module's class."""
+    try:
+        re.compile("" if isinstance(rule, type) and issubclass(rule, nn.Module) else rule)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{argument} has {rule!r}, neither an expression nor a module class: {error}") from None
+
+
+def rule_list(argument: str, rules: Iterable[Rule] | Rule | None) -> list[Rule] | None:
+    """Return one rule or several as a list; raises ValueError for what is none, and for an empty list."""
     if rules is None:
         return None
     found = [rules] if isinstance(rules, str | type) else list(rules)
     for rule in found:
-        try:
-            re.compile("" if isinstance(rule, type) and issubclass(rule, nn.Module) else rule)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"{argument} has {rule!r}, neither an expression nor a module class: {error}") from None
+        check_rule(argument, rule)
     if not found:
         raise ValueError(f"{argument} holds no rule")
     return found
@@ -47,4 +61,29 @@ def select(argument: str, rules: Iterable[Rule], model: nn.Module, among: Contai
             near = get_close_matches(getattr(rule, "__name__", str(rule)), known, 3, 0)
             raise ValueError(f"{argument} has {rule!r}, which matches nothing; the closest are {', '.join(near)}")
         found |= hits
+    return found
+
+
+def by_rules(model: nn.Module, rules: Mapping[Rule, T],
+             idle: Callable[[T, Collection[Tensor]], str] = lambda value, mine: "") -> dict[Tensor, T]:  # fmt: skip
+    """Return parameter -> the value of the first rule that matches any of its names; a useless rule is a ValueError.
+
+    `idle(value, parameters)` says why a rule that decides for these would change nothing, or returns an empty text.
+    """
+    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[Tensor, T]()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for rule, value in rules.items():
+        hits = {p: n for n, p in parameters.items() if matches(rule, n, modules)}
+        mine, problem = {p: n for p, n in hits.items() if p not in found}, ""
+        if not hits:
+            pool = parameters if isinstance(rule, str) else {type(m).__name__: m for m in modules.values()}
+            near = get_close_matches(getattr(rule, "__name__", str(rule)), pool, 3, 0)
+            problem = f"matches nothing; the closest are {', '.join(near)}"
+        elif not mine:
+            problem = f"decides nothing, since rules before it match {[*hits.values()][:3]}; put it first"
+        elif why := idle(value, mine.keys()):
+            problem = f"{why}: {[*mine.values()][:3]}"
+        if problem:
+            raise ValueError(f"rules has {rule!r}, which {problem}")
+        found.update(dict.fromkeys(mine, value))
     return found

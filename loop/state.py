@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import say
+from .factors import Asked, Factor, Group, checked, multiply, put_back
 from .goal import number
 from .step import Eager
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from .store import Contents
-
-Group = dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -67,10 +66,12 @@ class State:
     least_micros: int = 1  # micro-batches that the next update is cut into at least; back to 1 before each on_step_start
     keep_before_update: bool = False  # weights, gradients and optimizer state, so that an update can be repeated
     keep_buffers: bool = False  # from a step's start, so that an update that is skipped leaves none changed
+    rates_by_layer: bool = False  # so that a group's initial_lr is no sign of a scheduler
     runner: Any = field(default_factory=Eager)
     # outcome
     metrics: dict[str, Any] = field(default_factory=dict)
     rates: list[Any] = field(default_factory=list)
+    decays: list[Any] = field(default_factory=list)  # as the last update used them, empty where they are the groups' own
     micro: MicroEnd | None = None
     exception: Exception | None = None
     update_size: int = 0  # samples of the update at hand
@@ -96,8 +97,10 @@ class State:
                 group["lr"] = group["lr"].clone()
             if isinstance(group["lr"], Tensor):
                 shared.add(id(group["lr"]))
+        self.places = {p: i for i, p in enumerate([p for g in self.optimizer.param_groups for p in g["params"]])}
         self.rates = self._rates_now()
-        self._rate_factors: list[tuple[Group | None, float]] = []
+        self._rate_factors: list[Asked] = []
+        self._decay_factors: list[Asked] = []
         self._grad_factors: list[float | Tensor] = []
         self._grad_norm: Tensor | None = None
         self._grads_open = True
@@ -198,9 +201,14 @@ class State:
 
     def scale_rate(self, factor: float, group: Group | int | None = None) -> None:
         """Multiply the rate of this update (of one parameter group, or all) by `factor`; it is put back after."""
-        if not (math.isfinite(factor) and factor >= 0):
-            raise ValueError(f"scale_rate: factor must be finite and at least 0, not {factor!r}")
-        self._rate_factors.append((self.optimizer.param_groups[group] if isinstance(group, int) else group, factor))
+        self._rate_factors.append((self._group(group), checked("scale_rate", factor)))
+
+    def scale_decay(self, factor: Factor, group: Group | int | None = None) -> None:
+        """Multiply the weight decay of this update, as `scale_rate` does the rate; a function is given the rate it uses."""
+        self._decay_factors.append((self._group(group), factor if callable(factor) else checked("scale_decay", factor)))
+
+    def _group(self, group: Group | int | None) -> Group | None:
+        return self.optimizer.param_groups[group] if isinstance(group, int) else group
 
     def scale_gradients(self, factor: float | Tensor) -> None:
         """Multiply all gradients of this update by a number or 0-d tensor, once every callback has said its factor."""
@@ -226,7 +234,7 @@ class State:
             if doubt is not None:
                 doubt()
         vars(self.optimizer).pop("found_inf", None)
-        self._rate_factors, self._grad_factors, self._grads_open, self._skip = [], [], False, None
+        self._rate_factors, self._decay_factors, self._grad_factors, self._grads_open, self._skip = [], [], [], False, None
 
     def apply_gradient_factors(self) -> None:
         """Multiply the gradients by the product of what callbacks asked for; sorted, so that their order is free."""
@@ -245,36 +253,20 @@ class State:
             torch._foreach_mul_(some, factor.to(device) if isinstance(factor, Tensor) else factor)
 
     def apply_rates(self) -> list[Any] | None:
-        """Multiply every group's rate by its factors in sorted order; return what `restore_rates` puts back."""
-        groups, factors = self.optimizer.param_groups, self._rate_factors
-        if not factors:
-            self.rates = self._rates_now()
-            return None
-        self._rate_factors, self.rates, before = [], [], []
-        for group in groups:
-            rate = group["lr"]
-            product = math.prod(sorted(f for g, f in factors if g is None or g is group))
-            if isinstance(rate, Tensor):
-                before.append(rate.clone())
-                self.rates.append(rate.mul_(product).clone())  # a captured step reads this tensor: filled, not replaced
-            else:
-                before.append(rate)
-                group["lr"] = rate * product
-                self.rates.append(group["lr"])
+        """Multiply every group's rate and decay by its factors in sorted order; return what `restore_rates` puts back."""
+        groups, rates, decays = self.optimizer.param_groups, self._rate_factors, self._decay_factors
+        before = multiply(groups, rates, decays) if rates or decays else None
+        self._rate_factors, self._decay_factors = [], []
+        self.rates, self.decays = self._rates_now(), [g.get("weight_decay") for g in groups] if decays else []
         return before
 
     def _rates_now(self) -> list[Any]:
         return [r.clone() if isinstance(r := g["lr"], Tensor) else r for g in self.optimizer.param_groups]
 
     def restore_rates(self, before: list[Any] | None) -> None:
-        """Put the rates back, so that whatever scheduler the user has never meets a factor."""
-        if before is None:
-            return
-        for group, rate in zip(self.optimizer.param_groups, before, strict=True):
-            if isinstance(rate, Tensor):
-                group["lr"].copy_(rate)
-            else:
-                group["lr"] = rate
+        """Put them back, so that whatever scheduler the user has never meets a factor."""
+        if before is not None:
+            put_back(self.optimizer.param_groups, before)
 
 
 def values_of(x: Tensor) -> Tensor:

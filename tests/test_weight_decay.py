@@ -12,9 +12,9 @@ from helpers import FORMS, adamw, assert_same_bits, bits, loader, loss_fn, net
 from torch import nn
 
 from hookloop.callbacks import Checkpoint, ClipGradients, GradientAccumulation, Seed, Warmup
-from hookloop.callbacks.weight_decay import WeightDecay, decide, regroup
+from hookloop.callbacks.weight_decay import WeightDecay, decide
 from hookloop.loop import Callback, Loop, State
-from hookloop.loop.groups import as_text, describe, fold
+from hookloop.loop.groups import as_text, describe, fold, regroup
 
 
 class Block(nn.Module):
@@ -455,7 +455,7 @@ def test_cores_alone() -> None:
     model = nn.Linear(2, 2)
     assert list(decide(model, {}, 0.5, True).values()) == [0.5, 0.0]
     groups: Any = [{"params": [model.weight, model.bias], "lr": 1.0, "weight_decay": 9}]
-    new = regroup(groups, {model.weight: 0.5})
+    new = regroup(groups, {"weight_decay": {model.weight: 0.5}})
     assert [(g["params"], g["weight_decay"], g["lr"]) for g in new] == [
         ([model.weight], 0.5, 1.0),
         ([model.bias], 9, 1.0),

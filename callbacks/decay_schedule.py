@@ -1,0 +1,117 @@
+"""DecaySchedule: weight decay that changes while training."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..loop.callback import Callback
+from ..loop.checks import whole
+from ..loop.factors import Group
+from ..loop.graph import Graphs
+from ..loop.groups import check_decays
+from ..loop.state import State
+
+SHAPES = ("linear", "cosine", "rate")
+
+
+def decay_factor(update: int, steps: int, start: float, end: float, shape: str = "linear") -> float:
+    """Return the factor at update `update` (from 0) of `steps`: from `start` at the first to `end` at the last and after."""
+    part = progress(update, steps)
+    if shape == "cosine":
+        part = (1 - math.cos(math.pi * part)) / 2
+    return start * (1 - part) + end * part
+
+
+def progress(update: int, steps: int) -> float:
+    """Return how far an update is: 0 for the first, 1 for the last and after."""
+    return min(1.0, update / max(1, steps - 1))
+
+
+class DecaySchedule(Callback):
+    """Multiplies every group's weight decay, for each update, by a factor that changes over the run.
+
+    `schedule`: "linear" or "cosine" from the factor `start` at the first update to `end` at the last; a function of
+    progress, 0 to 1, that returns the factor; or "rate": the rate that the update uses over the rate that its group began
+    with (`max_lr` of OneCycleLR and CyclicLR), warmup included. torch's optimizers, AdamW too, multiply decay by the rate
+    anyway, so "rate" makes it fall with the rate's square, as AdamC does. `steps`: the length in updates, by default the
+    run's; a run continued from a checkpoint keeps its length. The decay is put back after each update, so nothing adds up,
+    and what `WeightDecay` gave stands. Beside CUDAGraph, which would record each value anew, it is refused; a compiled
+    `optimizer.step` compiles anew for each. Raises TypeError or ValueError for bad settings and where nothing decays.
+    (Defazio 2025, https://arxiv.org/abs/2506.02285; from 0.04 up to 0.4 by cosine: Caron et al. 2021,
+    https://arxiv.org/abs/2104.14294)
+    """
+
+    def __init__(self, schedule: str | Callable[[float], float], start: float = 1.0, end: float = 0.0,
+                 steps: int | None = None) -> None:  # fmt: skip
+        known = isinstance(schedule, str) and schedule in SHAPES
+        if not known and (isinstance(schedule, str | type) or not callable(schedule)):
+            raise ValueError(f"schedule must be one of {', '.join(map(repr, SHAPES))}, or a function of progress from 0 to 1, "
+                             f"not {schedule!r}")  # fmt: skip
+        tries = {f"schedule({x:g})": schedule(x) for x in (0.0, 0.5, 1.0)} if callable(schedule) else {}
+        for name, value in {"start": start, "end": end, **tries}.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite factor, at least 0, not {value!r}")
+        if schedule not in ("linear", "cosine") and (start, end) != (1.0, 0.0):
+            raise ValueError("start and end are for 'linear' and 'cosine'; a function or 'rate' says all values itself")
+        whole("steps", steps, 1)
+        if schedule == "rate" and steps is not None:
+            raise ValueError(f"'rate' follows the rate, so steps={steps} says nothing; leave it out")
+        self.schedule, self.start, self.end, self.steps = schedule, start, end, steps
+        self._resolved = steps
+        self._first: dict[Tensor, Any] = {}
+
+    def on_setup(self, state: State) -> None:
+        """Keep the rates that the program gave, from before a restore."""
+        check_decays(state.optimizer)
+        self._first = {p: group["lr"] for group in state.optimizer.param_groups for p in group["params"]}
+
+    def on_fit_start(self, state: State) -> None:
+        """Learn the run's length, and refuse what can't work."""
+        groups = state.optimizer.param_groups
+        if isinstance(state.runner, Graphs):
+            raise ValueError("DecaySchedule changes the decay in each update, which CUDAGraph would record anew; leave one out")
+        if not any(group.get("weight_decay") for group in groups):
+            raise ValueError("every group's weight_decay is 0, so DecaySchedule changes nothing; give the optimizer a decay, or "
+                             "add WeightDecay")  # fmt: skip
+        if self.schedule == "rate":
+            if any(isinstance(group["lr"], Tensor) for group in groups):
+                raise ValueError("DecaySchedule('rate') would read rates that are tensors in each update; give lr as a number, or "
+                                 "take another schedule")  # fmt: skip
+        elif self._resolved is None:
+            if state.total_steps is None:
+                raise ValueError(f"DecaySchedule({self.schedule!r}) spans the run, whose length is not known: give steps= to fit "
+                                 "or epochs, or to DecaySchedule")  # fmt: skip
+            self._resolved = state.total_steps
+        elif self.steps is None and state.total_steps not in (None, self._resolved):
+            warnings.warn(f"DecaySchedule goes on with a length of {self._resolved} updates, and the run has {state.total_steps} "
+                          "now", stacklevel=2)  # fmt: skip
+
+    def on_before_optimizer_step(self, state: State) -> None:
+        """Scale this update's decays."""
+        if self.schedule == "rate":
+            for group in state.optimizer.param_groups:
+                if first := self._began(group):
+                    state.scale_decay(lambda rate, first=first: rate / first, group)  # type: ignore[misc]
+            return
+        if self._resolved is None:
+            raise RuntimeError(f"DecaySchedule({self.schedule!r}) spans the run: run its on_fit_start first, or give steps=")
+        if callable(self.schedule):
+            state.scale_decay(self.schedule(progress(state.step, self._resolved)))
+        else:
+            state.scale_decay(decay_factor(state.step, self._resolved, self.start, self.end, self.schedule))
+
+    def _began(self, group: Group) -> Any:
+        first = next((self._first[p] for p in group["params"] if p in self._first), group["lr"])
+        return group.get("max_lr", group.get("initial_lr", first))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the length in updates, so that a longer run continued from here keeps it."""
+        return {"steps": self._resolved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the length; one given as `steps` is the argument's."""
+        if self.steps is None:
+            self._resolved = state["steps"]
