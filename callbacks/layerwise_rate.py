@@ -69,9 +69,10 @@ class LayerwiseRate(Callback):
         self._state, self.example = state, None
 
     def on_before_optimizer_step(self, state: State) -> None:
-        """Refuse, at a run's first update, rates that a scheduler has made one again."""
-        given, self._given = self._given, []
-        now = [group["lr"] for group in state.optimizer.param_groups] if given and state.step == 0 else []
+        """Refuse, at a run's first two updates, rates that a scheduler has made one again."""
+        if state.step > 1 or not self._given:  # CyclicLR does it after its first
+            return
+        given, now = self._given, [group["lr"] for group in state.optimizer.param_groups]
         if any(isinstance(rate, Tensor) for rate in [*given, *now]):  # reading them would wait for the device
             return
         if len(set(given)) > 1 and len(set(now)) == 1 and now[0]:

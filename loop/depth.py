@@ -114,7 +114,7 @@ def as_run(model: nn.Module, found: list[Layer], example: Any) -> list[Layer]:
             copied(*args, **kwargs)
     except Exception as error:
         raise ValueError(f"the model does not run on example without values (on the 'meta' device): {type(error).__name__}: "
-                         f"{error}; give what its forward takes, without what it reads values of (a mask), or rules") from error  # fmt: skip
+                         f"{error}; give what its forward takes, but no mask that it reads, or give rules") from error  # fmt: skip
     when = {p: uses.first.get(id(memo[id(p)])) for p in model.parameters()}
     firsts = [min([first for p in layer if (first := when[p]) is not None], default=None) for layer in found]
     ran = sorted((first, i) for i, first in enumerate(firsts) if first is not None)

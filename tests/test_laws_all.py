@@ -18,12 +18,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from hookloop.callbacks import (
     Checkpoint,
     ClipGradients,
+    DecaySchedule,
     Diagnose,
     DynamicBatchSize,
     EarlyStopping,
     Fingerprint,
     GradientAccumulation,
     HardExamples,
+    LayerwiseRate,
     Metrics,
     MicroBatch,
     NoiseScale,
@@ -46,6 +48,7 @@ def shaping() -> list[Callback]:
     return [
         Warmup(0.3), Schedule(lambda optimizer, total: cosine(optimizer, total)), GradientAccumulation({0: 1, 2: 2}),
         DynamicBatchSize(6, 13, scale_lr="sqrt"), MicroBatch(5), ClipGradients(0.3), WeightDecay({torch.nn.Linear: 0.1}),
+        LayerwiseRate(0.7), DecaySchedule("rate"),
         EarlyStopping("val_accuracy", mode="max", patience=9, restore_best=True),
     ]  # fmt: skip
 
@@ -105,7 +108,7 @@ def test_cb5_any_order_trains_and_saves_the_same(reference: Any, tmp_path: Path,
         assert a[0] == b[0]
 
 
-@given(st.sets(st.integers(0, 7)), st.integers(1, 60), st.integers(1, 12))
+@given(st.sets(st.integers(0, 9)), st.integers(1, 60), st.integers(1, 12))
 @settings(max_examples=15, deadline=None)
 def test_by_hand_is_built_in_for_any_subset(which: set[int], count: int, size: int) -> None:
     def one(form: Any) -> Any:

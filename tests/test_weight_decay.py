@@ -108,6 +108,22 @@ def test_a_rule_decides_for_exempt_ones_only_when_asked() -> None:
     assert zero["ln_f.weight"] == 0.0
 
 
+def test_a_decay_may_be_a_function_of_depth() -> None:
+    found = decays(set_up(Model(), {"embed": 0.7, Block: lambda depth: 1.0 + depth}, default=lambda depth: 0.5 * depth))
+    names = {n: found[n] for n in WEIGHTS}
+    assert names.pop("embed.weight") == 0.7
+    # the embedding, two blocks, the head, which the norms after the blocks do not come between
+    assert names == {"blocks.0.fc.weight": 1 + 1 / 3, "blocks.0.biased_fc.weight": 1 + 1 / 3, "blocks.1.fc.weight": 1 + 2 / 3,
+                     "blocks.1.biased_fc.weight": 1 + 2 / 3, "head.weight": 0.5}  # fmt: skip
+    assert {found[n] for n in found.keys() - WEIGHTS} == {0.0}
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, None, True, "1", torch.ones(())])
+def test_a_function_of_depth_that_gives_no_decay(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"a function of depth must give a finite decay, at least 0, not .* as it does at 0"):
+        set_up(Model(), default=lambda depth: bad)
+
+
 def test_the_root_itself_may_be_a_rule() -> None:
     assert decays(set_up(nn.Linear(3, 2), {nn.Linear: 0.7})) == {"weight": 0.7, "bias": 0.0}
     assert decays(set_up(nn.Linear(3, 2), {nn.Module: 0.7}))["weight"] == 0.7
