@@ -48,8 +48,8 @@ class Schedule(Callback):
         self.scheduler: Any = self._checked(scheduler) if built else None
         self._saved: dict[str, Any] = {}
         self._settings = settings(self.scheduler) if built else {}
-        self._first, self._length_known = dict[Tensor, Any](), True
-        self._optimizer: Optimizer | None = None
+        self._first: dict[Tensor, Any] = {}
+        self._length_known = True
 
     def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
         kind, mode = type(scheduler).__name__, getattr(self.on, "mode", None)
@@ -73,10 +73,10 @@ class Schedule(Callback):
         self._told(self.scheduler.step, *([self.on.read(state, "Schedule")] if isinstance(self.on, Goal) else []))
 
     def on_setup(self, state: State) -> None:
-        """Refuse a scheduler of another optimizer."""
+        """Keep the rates from before a restore, to build the scheduler on."""
         if self.scheduler is not None:
             self._checked(self.scheduler, state.optimizer)
-        self._optimizer = state.optimizer
+        self._first = {p: reduced(g["lr"]) for g in state.optimizer.param_groups for p in g["params"]}
 
     def on_fit_start(self, state: State) -> None:
         """Build the scheduler, once, and continue where a saved one stood."""
@@ -85,7 +85,7 @@ class Schedule(Callback):
         groups, self._length_known = state.optimizer.param_groups, state.total_steps is not None
         restored = [reduced({k: v for k, v in g.items() if k != "params"}) for g in groups] if self._saved else []
         for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
-            put(group, {"lr": self._first.get(group["params"][0], group["lr"])})
+            put(group, {"lr": (self._first | state.layer_rates).get(group["params"][0], group["lr"])})
         self.scheduler = self._checked(self._told(self._function, state.optimizer, state.total_steps), state.optimizer)
         self._settings = settings(self.scheduler)
         self.load_state_dict(self._saved)
@@ -102,8 +102,6 @@ class Schedule(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back, once there is a scheduler; raises ValueError for another kind of scheduler."""
         self._saved = state if state.get("kind") else {}
-        if self.scheduler is None and self._optimizer is not None:  # all have set up, and its rates are not yet restored
-            self._first = {p: reduced(g["lr"]) for g in self._optimizer.param_groups for p in g["params"]}
         if self._saved and self.scheduler is not None:
             if state["kind"] != (kind := type(self.scheduler).__name__):
                 raise ValueError(f"the checkpoint holds a {state['kind']}, scheduler is a {kind}; give the same one")

@@ -76,11 +76,11 @@ def set_groups(state: State, changes: Mapping[str, Mapping[Tensor, Any]]) -> Non
     groups = state.optimizer.param_groups
     new = regroup(groups, changes, state.places)
     moved = "lr" in changes or [set(group["params"]) for group in groups] != [set(group["params"]) for group in new]
-    if moved and not state.rates_by_layer and any("initial_lr" in group for group in groups):
+    if moved and not state.layer_rates and any("initial_lr" in group for group in groups):
         raise ValueError("a scheduler was built on these groups; build it as Schedule(lambda optimizer, total_steps: ...). (Or an "
                          "earlier Loop's LayerwiseRate set their rates: then build the optimizer anew.)")  # fmt: skip
     groups[:] = new
-    state.rates_by_layer |= "lr" in changes
+    state.layer_rates |= {p: r.clone() if isinstance(r, Tensor) else r for p, r in changes.get("lr", {}).items()}
 
 
 def check_decays(optimizer: torch.optim.Optimizer) -> None:

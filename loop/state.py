@@ -66,7 +66,7 @@ class State:
     least_micros: int = 1  # micro-batches that the next update is cut into at least; back to 1 before each on_step_start
     keep_before_update: bool = False  # weights, gradients and optimizer state, so that an update can be repeated
     keep_buffers: bool = False  # from a step's start, so that an update that is skipped leaves none changed
-    rates_by_layer: bool = False  # so that a group's initial_lr is no sign of a scheduler
+    layer_rates: dict[Tensor, Any] = field(default_factory=dict)  # that a callback gave: initial_lr is no scheduler's then
     runner: Any = field(default_factory=Eager)
     # outcome
     metrics: dict[str, Any] = field(default_factory=dict)
