@@ -20,6 +20,7 @@ from hookloop.loop import Callback, Loop, State
 from hookloop.loop.graph import Graphs
 
 OPTIM = torch.optim.lr_scheduler
+ends = st.floats(0, 5, allow_subnormal=False)  # half of the smallest subnormal is 0, which no relative bound allows for
 
 
 def one(lr: Any = 0.1, decay: float = 0.4) -> State:
@@ -45,7 +46,7 @@ def drive(schedule: DecaySchedule, state: State, updates: int) -> list[list[floa
     return seen
 
 
-@given(st.integers(1, 300), st.floats(0, 5, allow_subnormal=False), st.floats(0, 5, allow_subnormal=False), st.sampled_from(["linear", "cosine"]))
+@given(st.integers(1, 300), ends, ends, st.sampled_from(["linear", "cosine"]))
 @settings(max_examples=100, deadline=None)
 def test_every_shape_runs_from_start_to_end(steps: int, start: float, end: float, shape: str) -> None:
     factors = [decay_factor(t, steps, start, end, shape) for t in range(steps + 2)]
