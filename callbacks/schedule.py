@@ -16,6 +16,7 @@ from ..loop.groups import put
 from ..loop.schedulers import differences, settings
 from ..loop.state import State
 from ..loop.store import reduced
+from .schedules import named
 
 Build = Callable[[Optimizer, int | None], LRScheduler]
 
@@ -24,27 +25,28 @@ class Schedule(Callback):
     """Steps a torch scheduler after each applied update, at each epoch's end, or with a metric that it watches.
 
     `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called once at the
-    start, when groups are split and the length is known (else None). `on`: "step", "epoch", or for ReduceLROnPlateau
-    and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other factors don't disturb
-    it, since each update puts the rates back. A resumed run goes on with the checkpoint's scheduler, and warns of settings
-    in which the program's differs. Raises TypeError or ValueError for what doesn't fit together, such as a scheduler's
-    function that gives other values than the one in the checkpoint's run: functions can't be saved.
+    start, when groups are split and the length is known (else None), or one of the names "linear", "cosine", "polynomial",
+    "cosine_restarts", "wsd", "inverse_sqrt", "one_cycle", "plateau", with its options (schedules.py). `on`: "step", "epoch",
+    or for ReduceLROnPlateau and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other
+    factors don't disturb it, since each update puts the rates back. A resumed run goes on with the checkpoint's scheduler,
+    and warns of settings in which the program's differs. Raises TypeError or ValueError for what doesn't fit together, such
+    as a function that gives other values than the one in the checkpoint's run: functions can't be saved.
     """
 
     owns = ("optimizer's rates",)
 
-    def __init__(self, scheduler: LRScheduler | Build, on: str | Goal = "step") -> None:
-        built = isinstance(scheduler, LRScheduler)
-        if inspect.isclass(scheduler) or not (built or callable(scheduler)):
+    def __init__(self, scheduler: LRScheduler | Build | str, on: str | Goal = "step", **options: Any) -> None:
+        built, by_name = isinstance(scheduler, LRScheduler), isinstance(scheduler, str) or bool(options)
+        if inspect.isclass(scheduler) or not (built or callable(scheduler) or isinstance(scheduler, str)):
             raise TypeError("scheduler must be a torch scheduler, or a function such as lambda optimizer, total_steps: "
-                            f"CosineAnnealingLR(optimizer, total_steps), not {scheduler!r}")  # fmt: skip
+                            f"CosineAnnealingLR(optimizer, total_steps), or a name as 'cosine', not {scheduler!r}")  # fmt: skip
         if not isinstance(on, str | Goal) or (isinstance(on, Goal) and on != Goal(on.metric, on.mode)):
             raise ValueError("on must be 'step', 'epoch', a metric's name, or a Goal of metric and mode alone (the "
                              f"patience is ReduceLROnPlateau's), not {on!r}")  # fmt: skip
         self.on = on if on in ("step", "epoch") else Goal.of(on)
         # the one hook that `on` asks for, so that the others cost nothing and are not missed
         setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
-        self._function: Any = None if built else scheduler
+        self._function: Any = named(scheduler, self.on, options) if by_name else None if built else scheduler
         self.scheduler: Any = self._checked(scheduler) if built else None
         self._saved: dict[str, Any] = {}
         self._settings = settings(self.scheduler) if built else {}

@@ -25,9 +25,20 @@ def settings(scheduler: Any) -> dict[str, Any]:
             found["milestones"] = str(value)
         elif functions := [f for f in held if isinstance(f, UNSAVED)]:
             found[f"{name} at {', '.join(map(str, POINTS))}"] = [[_at(f, point) for point in POINTS] for f in functions]
+        elif name == "lr_lambdas":
+            for f in held:  # objects, whose attributes torch saves
+                found |= chosen(f)
     for i, inner in enumerate(getattr(scheduler, "_schedulers", ())):
         found |= {f"{name} of its scheduler {i}": value for name, value in settings(inner).items()}
     return found
+
+
+def chosen(function: Any) -> dict[str, Any]:
+    """Return the single values that an object computes with; a word may choose what it computes, so it is kept as a list."""
+    held = getattr(function, "__dict__", {})
+    inner = [v for v in held.values() if isinstance(v, dict)]
+    flat = {k: v for values in (held, *inner) for k, v in values.items() if isinstance(v, int | float | str)}
+    return {k: [v] if isinstance(v, str) else v for k, v in flat.items()}
 
 
 def _at(function: Any, point: int) -> float | None:
