@@ -49,7 +49,7 @@ class DynamicBatchSize(Callback):
     Sizes are per rank. Raises ValueError for bad settings; a `maximum` that no epoch holds is clamped, and the log says so.
     """
 
-    owns = ("batch_size",)
+    owns, planned = ("batch_size",), True
 
     def __init__(self, initial: int, maximum: int, growth: float = 1.5,
                  every: int | Goal | Mapping[int, int] | Policy = 1, multiple_of: int = 1,

@@ -16,7 +16,7 @@ class GradientAccumulation(Callback):
     contrastive loss, whose samples see each other, is not one. Raises ValueError for bad settings.
     """
 
-    owns = ("accumulate",)
+    owns, planned = ("accumulate",), True
 
     def __init__(self, n: int | Mapping[int, int]) -> None:
         plan = dict(n) if isinstance(n, Mapping) else {0: n}

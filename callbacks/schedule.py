@@ -26,14 +26,14 @@ class Schedule(Callback):
 
     `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called once at the
     start, when groups are split and the length is known (else None), or one of the names "linear", "cosine", "polynomial",
-    "cosine_restarts", "wsd", "inverse_sqrt", "one_cycle", "plateau", with its options (schedules.py). `on`: "step", "epoch",
+    "cosine_restarts", "wsd", "inverse_sqrt", "one_cycle", "plateau", with its options (rate_curves.py). `on`: "step", "epoch",
     or for ReduceLROnPlateau and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other
     factors don't disturb it, since each update puts the rates back. A resumed run goes on with the checkpoint's scheduler,
     and warns of settings in which the program's differs. Raises TypeError or ValueError for what doesn't fit together, such
     as a function that gives other values than the one in the checkpoint's run: functions can't be saved.
     """
 
-    owns = ("optimizer's rates",)
+    owns, planned = ("optimizer's rates",), True
 
     def __init__(self, scheduler: LRScheduler | Build | str, on: str | Goal = "step", **options: Any) -> None:
         built, by_name = isinstance(scheduler, LRScheduler), isinstance(scheduler, str) or bool(options)

@@ -1,4 +1,4 @@
-"""Schedules by name, as `Schedule("cosine", end=0.1)` takes them: factors on every group's own rate, and torch's own."""
+"""Schedules by name, as `Schedule("cosine", end=0.1)` takes them: the curves, and two of torch's own."""
 
 from __future__ import annotations
 
@@ -13,79 +13,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from .rate_curves import CURVES, Curve
+
 log = logging.getLogger("hookloop")
-
-
-def gone(t: float, start: float, stop: float) -> float:
-    """Return the share of the way from `start` to `stop` that lies behind t: 0 before, 1 beyond."""
-    return 0.0 if t <= start else 1.0 if t >= stop else (t - start) / (stop - start)
-
-
-def linear(t: int, steps: int, after: int = 0, end: float = 0.0) -> float:
-    """Fall straight to `end`: end + (1 - end) * (steps - t) / (steps - after), the rule of torch's `LinearLR`."""
-    return end + (1 - end) * gone(steps - t, 0, steps - after)
-
-
-def cosine(t: int, steps: int, after: int = 0, end: float = 0.0) -> float:
-    """Fall along half a cosine: end + (1 - end) * (1 + cos(pi * x)) / 2, with x = (t - after) / (steps - after).
-
-    (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; torch's `CosineAnnealingLR` with eta_min = end * rate)
-    """
-    return end + (1 - end) * (1 + math.cos(math.pi * gone(t, after, steps))) / 2
-
-
-def polynomial(t: int, steps: int, after: int = 0, end: float = 0.0, power: float = 1.0) -> float:
-    """Fall by a power: end + (1 - end) * ((steps - t) / (steps - after)) ** power, the rule of torch's `PolynomialLR`."""
-    return float(end + (1 - end) * gone(steps - t, 0, steps - after) ** power)
-
-
-def cosine_restarts(t: int, steps: int, after: int = 0, end: float = 0.0, cycles: int = 4, growth: float = 1.0) -> float:
-    """Fall along `cycles` half cosines, each `growth` times as long as the one before, that fill the run to its end.
-
-    (SGDR: Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983; torch's `CosineAnnealingWarmRestarts`)
-    """
-    if t <= after or t >= steps:
-        return 1.0 if t <= after else end
-    powers = [growth**i for i in range(cycles)]
-    edges = [after + round((steps - after) * math.fsum(powers[:i]) / math.fsum(powers)) for i in range(cycles + 1)]
-    now = max(i for i in range(cycles) if edges[i] <= t)
-    return cosine(t, edges[now + 1], edges[now], end)
-
-
-def wsd(t: int, steps: int, decay: int, end: float = 0.0, shape: str = "linear") -> float:
-    """Keep the rate, and let it fall to `end` over the last `decay` updates: by 1 - x, (1 + cos(pi * x)) / 2 or 1 - sqrt(x).
-
-    (Warmup-stable-decay: Hu et al. 2024, https://arxiv.org/abs/2404.06395; "sqrt", and a decay over 10% to 20% of the run:
-    Haegele et al. 2024, https://arxiv.org/abs/2405.18392)
-    """
-    if shape == "sqrt":
-        return end + (1 - end) * (1 - math.sqrt(gone(t, steps - decay, steps)))
-    return (linear if shape == "linear" else cosine)(t, steps, steps - decay, end)
-
-
-def inverse_sqrt(t: int, after: int = 0, timescale: float | None = None) -> float:
-    """Fall as 1 / sqrt(1 + (t - after) / timescale), which has no end; timescale=None is `after`, so sqrt(after / t).
-
-    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 5.3)
-    """
-    timescale = timescale or after
-    return 1.0 if t <= after else 1.0 / math.sqrt((t + timescale - after) / timescale)
-
-
-CURVES: dict[str, Callable[..., float]] = {
-    f.__name__: f for f in (linear, cosine, polynomial, cosine_restarts, wsd, inverse_sqrt)
-}
-
-
-class Curve:
-    """A factor by name and settings, which a checkpoint holds, so that a resumed run keeps its own."""
-
-    def __init__(self, curve: str, settings: dict[str, Any]) -> None:
-        self.curve, self.settings = curve, settings
-
-    def __call__(self, t: int) -> float:
-        """Return the factor at update t."""
-        return CURVES[self.curve](t, **self.settings)
 
 
 def one_cycle(optimizer: Optimizer, steps: int, **options: Any) -> LRScheduler:
@@ -98,13 +28,8 @@ def one_cycle(optimizer: Optimizer, steps: int, **options: Any) -> LRScheduler:
     return OneCycleLR(optimizer, [float(g["lr"]) for g in optimizer.param_groups], total_steps=steps, **options)
 
 
-def plateau(optimizer: Optimizer, mode: str, **options: Any) -> Any:
-    """Multiply the rates by `factor` once a metric has not improved for `patience` reports: torch's `ReduceLROnPlateau`."""
-    return ReduceLROnPlateau(optimizer, mode, **options)  # type: ignore[arg-type]
-
-
-TORCHS = {"one_cycle": (OneCycleLR, ("max_lr", "total_steps", "epochs", "steps_per_epoch")),
-          "plateau": (ReduceLROnPlateau, ("mode",))}  # fmt: skip
+TORCHS = {"one_cycle": (OneCycleLR, ("optimizer", "max_lr", "total_steps", "epochs", "steps_per_epoch", "last_epoch")),
+          "plateau": (ReduceLROnPlateau, ("optimizer", "mode"))}  # fmt: skip
 
 
 def is_number(x: Any, low: float, high: float = math.inf) -> bool:
@@ -138,13 +63,15 @@ def named(name: Any, on: Any, options: Mapping[str, Any]) -> Callable[[Optimizer
     if name not in known:
         near = get_close_matches(name.lower().replace("-", "_"), known, 1, 0)[0]
         raise ValueError(f"no schedule is named {name!r}; the closest is {near!r}, and there are {', '.join(known)}")
-    if name == "plateau" and on in ("step", "epoch"):
-        raise ValueError(f"on={on!r} doesn't fit 'plateau', which follows a metric: Schedule('plateau', on='val_loss')")
-    if name != "plateau" and on != "step":
-        raise ValueError(f"on={on!r} doesn't fit {name!r}, which goes by updates; leave on= out")
+    if (on in ("step", "epoch")) if name == "plateau" else on != "step":
+        needs = (
+            "goes by updates; leave on= out" if name != "plateau" else "follows a metric: Schedule('plateau', on='val_loss')"
+        )
+        raise ValueError(f"on={on!r} doesn't fit {name!r}, which {needs}")
     kind, given = TORCHS.get(name, (None, ("t",)))
-    there = [p for p in inspect.signature(kind or CURVES[name]).parameters if p not in (*given, "optimizer", "last_epoch")]
-    there += ["steps"] if name == "one_cycle" else []
+    there = [p for p in inspect.signature(kind or CURVES[name]).parameters if p not in given] + ["steps"] * (
+        name == "one_cycle"
+    )
     for option, value in options.items():
         if option not in there:
             raise ValueError(f"{name!r} has no option {option!r}; it has {', '.join(there)}")
@@ -155,16 +82,15 @@ def named(name: Any, on: Any, options: Mapping[str, Any]) -> Callable[[Optimizer
 
     def build(optimizer: Optimizer, total_steps: int | None) -> Any:
         if name == "plateau":
-            return plateau(optimizer, on.mode, **options)
+            return ReduceLROnPlateau(optimizer, on.mode, **options)
         if name == "one_cycle":
-            return one_cycle(
-                optimizer, length(name, options, total_steps), **{k: v for k, v in options.items() if k != "steps"}
-            )
+            own = {k: v for k, v in options.items() if k != "steps"}
+            return one_cycle(optimizer, length(name, options, total_steps), **own)
         return LambdaLR(optimizer, Curve(name, resolved(name, options, total_steps)))
 
     if kind is not None and not any(isinstance(v, list | tuple) for v in options.values()):  # which go by groups
         try:  # now, not when the run starts
-            build(torch.optim.SGD([torch.zeros(1)], lr=1.0, momentum=0.9), 1000)
+            build(torch.optim.SGD([torch.zeros(1)], lr=1.0, momentum=0.9), 1009)
         except (TypeError, ValueError) as error:
             raise ValueError(f"Schedule({name!r}): {error}") from error
     return build

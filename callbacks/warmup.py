@@ -39,6 +39,8 @@ class Warmup(Callback):
     Raises TypeError or ValueError for bad settings. (Goyal et al. 2017, https://arxiv.org/abs/1706.02677)
     """
 
+    planned = True
+
     def __init__(self, steps: float, start: float | None = None, shape: str = "linear") -> None:
         whole = isinstance(steps, int) and not isinstance(steps, bool)
         if not whole and not (isinstance(steps, float) and 0 < steps < 1):

@@ -59,7 +59,7 @@ class WeightDecay(Callback):
             number = isinstance(decay, int | float) and not isinstance(decay, bool) and 0 <= decay < math.inf
             if not number and (isinstance(decay, type | Tensor) or not callable(decay)):
                 raise ValueError(f"{name} must be a finite decay, at least 0, not {decay!r}")
-        self.rules, self.default, self.exempt = dict(rules), default, exempt
+        self.rules, self.default, self.exempt, self.planned = dict(rules), default, exempt, True
         self._state: State | None = None
 
     def on_setup(self, state: State) -> None:

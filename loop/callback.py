@@ -17,14 +17,16 @@ class Callback:
     `owns`: the plan fields (`"batch_size"`, `"accumulate"`, `"micro_batch_size"`) that it alone decides. One that owns
     `batch_size` or `accumulate` decides in `on_step_start` from `state.step`, `state.epoch` and settings alone, so that
     `state.total_steps` is known in advance, or says `measured = True`. `optional`: hooks it can do without around a
-    loop of the user's own. `key`: its name in checkpoints. `watches`: metrics that it can't do without.
-    `beside`: entries of its state that seldom change, replaced when they do: each is written once, to a file beside
-    the checkpoints that hold it.
+    loop of the user's own. `planned`: its hooks go by position and settings alone, and change nothing but the plan, rates
+    and decays, so that `study.preview` may run them without data. `key`: its name in checkpoints. `watches`: metrics that
+    it can't do without. `beside`: entries of its state that seldom change, replaced when they do: each is written once, to
+    a file beside the checkpoints that hold it.
     """
 
     owns: ClassVar[tuple[str, ...]] = ()
     optional: tuple[str, ...] = ()
     measured: bool = False
+    planned: bool = False
     key: str = ""
     watches: tuple[str, ...] = ()
     beside: ClassVar[tuple[str, ...]] = ()

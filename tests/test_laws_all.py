@@ -44,9 +44,8 @@ from hookloop.loop.store import list_checkpoints
 
 
 def shaping() -> list[Callback]:
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     return [
-        Warmup(0.3), Schedule(lambda optimizer, total: cosine(optimizer, total)), GradientAccumulation({0: 1, 2: 2}),
+        Warmup(0.3), Schedule("cosine", end=0.1), GradientAccumulation({0: 1, 2: 2}),
         DynamicBatchSize(6, 13, scale_lr="sqrt"), MicroBatch(5), ClipGradients(0.3), WeightDecay({torch.nn.Linear: 0.1}),
         LayerwiseRate(0.7), DecaySchedule("rate"),
         EarlyStopping("val_accuracy", mode="max", patience=9, restore_best=True),

@@ -25,7 +25,8 @@ from hookloop.callbacks import (
     Warmup,
     WeightDecay,
 )
-from hookloop.callbacks.schedules import ALLOWED, CURVES, TORCHS
+from hookloop.callbacks.curves import CURVES
+from hookloop.callbacks.schedules import ALLOWED, TORCHS
 from hookloop.loop import Callback, Goal, Loop, State
 
 N = 14

@@ -4,6 +4,7 @@ from .check import check_mean
 from .compare import compare
 from .find_rate import find_rate, try_rates
 from .folds import cross_validate
+from .preview import preview
 from .repeat import repeat
 
-__all__ = ["check_mean", "compare", "cross_validate", "find_rate", "repeat", "try_rates"]
+__all__ = ["check_mean", "compare", "cross_validate", "find_rate", "preview", "repeat", "try_rates"]
