@@ -69,9 +69,8 @@ def named(name: Any, on: Any, options: Mapping[str, Any]) -> Callable[[Optimizer
         )
         raise ValueError(f"on={on!r} doesn't fit {name!r}, which {needs}")
     kind, given = TORCHS.get(name, (None, ("t",)))
-    there = [p for p in inspect.signature(kind or CURVES[name]).parameters if p not in given] + ["steps"] * (
-        name == "one_cycle"
-    )
+    there = [p for p in inspect.signature(kind or CURVES[name]).parameters if p not in given]
+    there += ["steps"] if name == "one_cycle" else []
     for option, value in options.items():
         if option not in there:
             raise ValueError(f"{name!r} has no option {option!r}; it has {', '.join(there)}")
@@ -113,9 +112,7 @@ def resolved(name: str, options: Mapping[str, Any], total_steps: int | None) -> 
         found |= {k: math.ceil(found[k] * steps) for k in shares}  # as Warmup counts its share
         found |= {"steps": steps} if name != "inverse_sqrt" else {}
         if found.get("after", 0) >= steps:
-            log.warning(
-                "Schedule(%r, after=%d): the run has %d updates, so rates stay as they are", name, found["after"], steps
-            )
+            log.warning("Schedule(%r, after=%d): the run has %d updates, so rates stay flat", name, found["after"], steps)
         if found.get("decay", 0) > steps:
             log.warning("Schedule(%r, decay=%d): the run has %d updates, and all of them decay", name, found["decay"], steps)
             found["decay"] = steps

@@ -341,7 +341,7 @@ def test_settings_that_leave_nothing_are_said(caplog: pytest.LogCaptureFixture) 
         assert drive("cosine", 3, after=14) == [[0.1]] * 3
         assert drive("wsd", 3, decay=20) == drive("linear", 3)
         drive("cosine", 3, after=13)
-    assert caplog.messages == ["Schedule('cosine', after=14): the run has 14 updates, so rates stay as they are",
+    assert caplog.messages == ["Schedule('cosine', after=14): the run has 14 updates, so rates stay flat",
                                "Schedule('wsd', decay=20): the run has 14 updates, and all of them decay"]  # fmt: skip
 
 
