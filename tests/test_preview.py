@@ -32,7 +32,7 @@ from hookloop.callbacks import (
     Warmup,
     WeightDecay,
 )
-from hookloop.callbacks.curves import CURVES
+from hookloop.callbacks.rate_curves import CURVES
 from hookloop.loop import Callback, Goal, Loop, State
 from hookloop.loop.study import preview
 

@@ -25,7 +25,7 @@ from hookloop.callbacks import (
     Warmup,
     WeightDecay,
 )
-from hookloop.callbacks.curves import CURVES
+from hookloop.callbacks.rate_curves import CURVES
 from hookloop.callbacks.schedules import ALLOWED, TORCHS
 from hookloop.loop import Callback, Goal, Loop, State
 
