@@ -44,6 +44,7 @@ class CUDAGraph(Callback):
         if state.world > 1 or isinstance(state.model, DistributedDataParallel):
             raise ValueError("CUDAGraph can't record training on several ranks yet; leave it out there")
         check_optimizer(state.optimizer)
+        state.accepts.append(check_optimizer)
         state.runner = Graphs(state, self.warmup, self.graphs)
 
     def on_fit_end(self, state: State) -> None:

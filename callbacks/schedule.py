@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..loop.callback import Callback
 from ..loop.goal import Goal
 from ..loop.groups import put
-from ..loop.schedulers import differences, settings
+from ..loop.schedulers import check_same, rates, settings
 from ..loop.state import State
 from ..loop.store import reduced
 from .schedules import named
@@ -24,13 +23,13 @@ Build = Callable[[Optimizer, int | None], LRScheduler]
 class Schedule(Callback):
     """Steps a torch scheduler after each applied update, at each epoch's end, or with a metric that it watches.
 
-    `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called once at the
-    start, when groups are split and the length is known (else None), or one of the names "linear", "cosine", "polynomial",
-    "cosine_restarts", "wsd", "inverse_sqrt", "one_cycle", "plateau", with its options (rate_curves.py). `on`: "step", "epoch",
-    or for ReduceLROnPlateau and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other
-    factors don't disturb it, since each update puts the rates back. A resumed run goes on with the checkpoint's scheduler,
-    and warns of settings in which the program's differs. Raises TypeError or ValueError for what doesn't fit together, such
-    as a function that gives other values than the one in the checkpoint's run: functions can't be saved.
+    `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called at the start, when
+    groups are split and the length is known (else None), and for the updates left where another optimizer takes over; or one
+    of the names "linear", "cosine", "polynomial", "cosine_restarts", "wsd", "inverse_sqrt", "one_cycle", "plateau", with its
+    options (schedules.py). `on`: "step", "epoch", or for ReduceLROnPlateau and only for it a metric: its name (lower is
+    better) or `Goal(metric, mode)`. Warmup and other factors don't disturb it: each update puts the rates back. A resumed run
+    goes on with the checkpoint's scheduler, and warns of settings in which the program's differs. Raises TypeError or
+    ValueError for what doesn't fit together, such as a function that gives other values than in the checkpoint's run.
     """
 
     owns, planned = ("optimizer's rates",), True
@@ -48,10 +47,9 @@ class Schedule(Callback):
         setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
         self._function: Any = named(scheduler, self.on, options) if by_name else None if built else scheduler
         self.scheduler: Any = self._checked(scheduler) if built else None
-        self._saved: dict[str, Any] = {}
+        self._saved, self._first = dict[str, Any](), dict[Tensor, Any]()
         self._settings = settings(self.scheduler) if built else {}
-        self._first: dict[Tensor, Any] = {}
-        self._length_known = True
+        self._length_known, self._since = True, 0  # the update that it was built before
 
     def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
         kind, mode = type(scheduler).__name__, getattr(self.on, "mode", None)
@@ -78,7 +76,18 @@ class Schedule(Callback):
         """Keep the rates from before a restore, to build the scheduler on."""
         if self.scheduler is not None:
             self._checked(self.scheduler, state.optimizer)
-        self._first = {p: reduced(g["lr"]) for g in state.optimizer.param_groups for p in g["params"]}
+        self._first = rates(state.optimizer)
+        state.accepts, state.exchanged = [*state.accepts, self._follows], [*state.exchanged, self._anew]
+
+    def _follows(self, optimizer: Optimizer) -> None:
+        if self._function is None:
+            raise ValueError("a scheduler can't follow to another optimizer: Schedule(lambda optimizer, total_steps: ...) can")
+
+    def _anew(self, state: State) -> None:
+        self._first, self._since, self._saved = rates(state.optimizer), state.step, {}
+        built, self.scheduler = self.scheduler, None
+        if built is not None:
+            self.on_fit_start(state)
 
     def on_fit_start(self, state: State) -> None:
         """Build the scheduler, once, and continue where a saved one stood."""
@@ -88,7 +97,8 @@ class Schedule(Callback):
         restored = [reduced({k: v for k, v in g.items() if k != "params"}) for g in groups] if self._saved else []
         for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
             put(group, {"lr": (self._first | state.layer_rates).get(group["params"][0], group["lr"])})
-        self.scheduler = self._checked(self._told(self._function, state.optimizer, state.total_steps), state.optimizer)
+        left = None if state.total_steps is None else max(state.total_steps - self._since, 1)
+        self.scheduler = self._checked(self._told(self._function, state.optimizer, left), state.optimizer)
         self._settings = settings(self.scheduler)
         self.load_state_dict(self._saved)
         for group, kept in zip(groups, restored, strict=False):
@@ -99,21 +109,13 @@ class Schedule(Callback):
         if self.scheduler is None:
             return self._saved or {"kind": None}
         return {"kind": type(self.scheduler).__name__, "state": reduced(self.scheduler.state_dict()),
-                "settings": self._settings}  # fmt: skip
+                "settings": self._settings, "since": self._since}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back, once there is a scheduler; raises ValueError for another kind of scheduler."""
-        self._saved = state if state.get("kind") else {}
+        self._saved, self._since = state if state.get("kind") else {}, state.get("since", self._since)
         if self._saved and self.scheduler is not None:
-            if state["kind"] != (kind := type(self.scheduler).__name__):
-                raise ValueError(f"the checkpoint holds a {state['kind']}, scheduler is a {kind}; give the same one")
-            lost, changed = differences(self._settings, state["settings"])
-            if changed:
-                raise ValueError(
-                    f"the checkpoint's {kind} has {', '.join(changed)}; a function can't be saved, so give the same"
-                )
-            if lost:
-                warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=2)
+            check_same(type(self.scheduler).__name__, self._settings, state)
             self._settings = state["settings"]
             self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
             # torch warns of a step before any update, and those before the restore count

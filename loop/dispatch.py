@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Method = Callable[[State], Any]
 PLAN = ("batch_size", "accumulate", "micro_batch_size")
-OWNED = (*PLAN, "runner")
+OWNED = (*PLAN, "runner", "optimizer")
 ELSEWHERE = {
     "on_train_batch_start": "on_step_start", "on_train_batch_begin": "on_step_start", "on_step_begin": "on_step_start",
     "on_train_batch_end": "on_step_end", "on_pre_optimizer_step": "on_before_optimizer_step", "on_evaluate": "on_validation_end",

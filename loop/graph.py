@@ -83,11 +83,18 @@ class Graphs(Eager):
         self.given = dict[Any, frozenset[Tensor]]()  # which parameters a shape's backward gives gradients to
         self.used: list[frozenset[Tensor]] = []  # in this step
         self.stepped: set[Tensor] = set()  # have been through an update that was no replay, so their state is there
-        self.updates, self.recorded, self.replayed = 0, 0, 0
+        self.recorded, self.replayed = 0, 0
         self.about: Any = None
         self.key: Any = None
         self.found_inf: Tensor | None = None
         self.update_graph: Any = None
+        self.take(state)
+        state.exchanged.append(self.take)
+
+    def take(self, state: State) -> None:
+        """Begin to run an optimizer's updates."""
+        self.updates = 0
+        self.forget_update()
         state.optimizer.register_load_state_dict_post_hook(lambda optimizer: self.forget_update())
 
     def forget_update(self) -> None:

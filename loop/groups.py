@@ -39,11 +39,21 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
 
 
+def own_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Give each group a tensor of its own: torch gives all of them the one it got, which each factor would meet again."""
+    shared = set[int]()
+    for group in optimizer.param_groups:
+        if id(group["lr"]) in shared:
+            group["lr"] = group["lr"].clone()
+        if isinstance(group["lr"], torch.Tensor):
+            shared.add(id(group["lr"]))
+
+
 def put(group: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write settings into a group; a tensor is filled in place, since a captured step reads it."""
     for name, value in settings.items():
         if isinstance(group.get(name), torch.Tensor):
-            group[name].copy_(value)
+            group[name].copy_(torch.as_tensor(value))
         else:
             group[name] = value
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .finite import numbers_of
 from .groups import put
@@ -28,6 +29,7 @@ class Kept:
         self.data: dict[str, Any] | None = None
         self.at: int | None = None  # None: all may have changed since
         self.restored = False
+        self.optimizer: Optimizer | None = None
 
     def begin(self, state: State) -> None:
         """Keep anew before the first step, which callbacks may still change weights for, also between two runs."""
@@ -37,13 +39,17 @@ class Kept:
 
     def look(self, state: State, buffers: Container[str]) -> None:
         """Keep, where it is time, what the step that begins finds."""
+        if self.optimizer is not state.optimizer:
+            if self.optimizer is not None:  # another took over, and can't go back to this one's state
+                self.data = self.at = None
+            self.optimizer = state.optimizer
         if self.at is None or (state.step % self.every == 0 and state.step != self.at):
             self.data, self.at = keep(state, buffers) or self.data, state.step
 
     def restore(self, state: State, data: dict[str, Any] | None) -> None:
         """Take back what was saved, unless the model has other layers now."""
         if data is not None and fits(state, data):
-            self.data, self.at, self.restored = data, data["step"], True
+            self.data, self.at, self.restored, self.optimizer = data, data["step"], True, state.optimizer
 
 
 def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:

@@ -66,7 +66,8 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if (found := store.read(path, strict)) is None:
         return
     state, saved, mine = loop.state, found.state, {callback.key: callback for callback in loop.callbacks}
-    named, optimizer = store.Named(state.model, state.optimizer), saved["optimizer"]
+    taken, refused = _load_callbacks(mine, saved["callbacks"])
+    named, optimizer = store.Named(state.model, state.optimizer), saved["optimizer"]  # maybe another than before
     skip, rounded = named.model_misfits(found.model), named.rounded(found.model)
     amiss = [*skip.values(), *rounded.values(), *named.optimizer_misfits(optimizer, saved["settings"], loop.settings, skip)]
     amiss += [f"{key} has state in the checkpoint and is not in callbacks ({', '.join(mine) or 'none'})"
@@ -76,8 +77,10 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if state.seed is not None and saved["seed"] not in (None, state.seed):
         there = saved["seed"] if saved.get("seeded", True) else "drawn, without a Seed,"
         amiss.append(f"the seed is {state.seed} here and {there} in the checkpoint's run")
-    _load_callbacks(mine, saved["callbacks"], amiss, strict)
-    if amiss and strict:
+    if (amiss := amiss + refused) and strict:
+        for callback, fresh in taken:
+            with contextlib.suppress(Exception):
+                callback.load_state_dict(fresh)
         more = f"; and {len(amiss) - 20} more" if len(amiss) > 20 else ""
         raise ValueError(f"{found.place} does not fit: {'; '.join(amiss[:20])}{more}. Put that right, start afresh in another "
                          "folder, or take what fits: Loop(..., strict=False)")  # fmt: skip
@@ -111,19 +114,23 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     rng.restore(saved["rng"], state.device)
 
 
-def _load_callbacks(mine: dict[str, Callback], saved: dict[str, Any], amiss: list[str], strict: bool) -> None:
-    """Have callbacks take their state back; who does not is added to `amiss`, and stays fresh, as under `strict` do all then."""
-    taken: list[tuple[Callback, dict[str, Any]]] = []
-    for key in (key for key in mine if key in saved):
+Taken = list[tuple[Callback, dict[str, Any]]]
+
+
+def _load_callbacks(mine: dict[str, Callback], saved: dict[str, Any]) -> tuple[Taken, list[str]]:
+    """Have callbacks take their state back, first who decides which optimizer the others meet.
+
+    Return who took it, with its state before, and who did not, in words: that one stays as it was.
+    """
+    taken, refused = Taken(), list[str]()
+    for key in sorted(mine.keys() & saved.keys(), key=lambda key: ("optimizer" not in mine[key].owns, [*mine].index(key))):
         fresh = copy.deepcopy(mine[key].state_dict())
         try:
-            taken.append((mine[key], fresh))
             mine[key].load_state_dict(saved[key])
+            taken.append((mine[key], fresh))
         except Exception as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            amiss.append(f"{key} does not take its state: {kind}{error}")
+            refused.append(f"{key} does not take its state: {kind}{error}")
             with contextlib.suppress(Exception):
                 mine[key].load_state_dict(fresh)
-    for callback, fresh in taken if amiss and strict else ():
-        with contextlib.suppress(Exception):
-            callback.load_state_dict(fresh)
+    return taken, refused

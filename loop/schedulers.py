@@ -9,8 +9,18 @@ from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .store import reduced
+
 POINTS = (0, 1, 10, 100, 1000)
 UNSAVED = (FunctionType, MethodType, BuiltinFunctionType, partial)  # torch leaves them out, or saves them empty
+
+
+def rates(optimizer: Optimizer) -> dict[Tensor, Any]:
+    """Return each parameter's rate, as a plain number."""
+    return {p: reduced(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
 
 def settings(scheduler: Any) -> dict[str, Any]:
@@ -55,3 +65,14 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> tuple[list[str],
     differ = [name for name in here if name in there and here[name] != there[name]]
     text = {name: f"{name} {there[name]!r} (not {here[name]!r})" for name in differ}
     return ([text[n] for n in differ if not isinstance(here[n], list)], [text[n] for n in differ if isinstance(here[n], list)])
+
+
+def check_same(kind: str, here: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise ValueError for a saved scheduler of another kind or with other functions; warn of settings that it brings along."""
+    if saved["kind"] != kind:
+        raise ValueError(f"the checkpoint holds a {saved['kind']}, scheduler is a {kind}; give the same one")
+    lost, changed = differences(here, saved["settings"])
+    if changed:
+        raise ValueError(f"the checkpoint's {kind} has {', '.join(changed)}; a function can't be saved, so give the same")
+    if lost:
+        warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=3)

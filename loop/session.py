@@ -71,7 +71,7 @@ class Session(Dispatch):
         self.feed, self.train_loss = Feed(cut, self.measure, strict), Mean()
         self.seed: int | None = None
         self.promised: int | None = None  # samples of an update, by the checkpoint
-        self.settings: list[dict[str, Any]] = []  # of the parameter groups, as the program gave them
+        self.settings: list[dict[str, Any]]  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
         self.snapshot: Snapshot | None = None
         self.rng_to_restore: dict[str, Any] | None = None
@@ -82,8 +82,7 @@ class Session(Dispatch):
         self._step: Step | None = None
         self._skips, self._saved_at = 0, -1
         self.optimizer_steps = 0
-        if hasattr(optimizer, "register_step_post_hook"):
-            optimizer.register_step_post_hook(functools.partial(count_step, weakref.ref(self)))
+        self._exchanged(self.state)
         self.proven = 0  # the largest micro-batch that went through on all ranks
         self._was_set_up = self._entered = self._begun = self._torn = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
@@ -112,7 +111,8 @@ class Session(Dispatch):
                 for callback in self.callbacks:
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
-                state.writers, state.checks, state.before = [], [], []  # of an entry that failed
+                state.writers, state.checks, state.before, state.accepts = [], [], [], []  # of an entry that failed
+                state.exchanged = [self._exchanged]
                 self._run("on_setup")
                 self.settings = Named(state.model, state.optimizer).options()
                 if self.resume is not None:
@@ -123,6 +123,11 @@ class Session(Dispatch):
             self.__exit__(*sys.exc_info())
             raise
         return self
+
+    def _exchanged(self, state: State) -> None:
+        if hasattr(state.optimizer, "register_step_post_hook"):
+            state.optimizer.register_step_post_hook(functools.partial(count_step, weakref.ref(self)))
+        self.settings = Named(state.model, state.optimizer).options()
 
     def _begin(self, loader: Any) -> None:
         """Do, once per entry, what must wait until data and end are known."""

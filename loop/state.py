@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .checks import say
 from .factors import Asked, Factor, Group, checked, multiply, put_back
 from .goal import number
+from .groups import own_rates
 from .step import Eager
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class State:
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
     checks: list[Callable[[State], None]] = field(default_factory=list)  # run when gradients are as the optimizer gets them
     before: list[Callable[[State], None]] = field(default_factory=list)  # before a step's first forward, once hooks have run
+    accepts: list[Callable[[Optimizer], None]] = field(default_factory=list)  # raise for one that could not take over
+    exchanged: list[Callable[[State], None]] = field(default_factory=list)  # told when another optimizer has
     given_loss: Any = None  # what loop.updating was given
     saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at
@@ -91,12 +94,7 @@ class State:
     at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry
 
     def __post_init__(self) -> None:
-        shared = set[int]()
-        for group in self.optimizer.param_groups:
-            if id(group["lr"]) in shared:  # torch gives all groups one tensor, which each factor would meet again
-                group["lr"] = group["lr"].clone()
-            if isinstance(group["lr"], Tensor):
-                shared.add(id(group["lr"]))
+        own_rates(self.optimizer)
         self.places = {p: i for i, p in enumerate([p for g in self.optimizer.param_groups for p in g["params"]])}
         self.rates = self._rates_now()
         self._rate_factors: list[Asked] = []

@@ -1,0 +1,90 @@
+"""Another optimizer in the middle of a run, on the same parameters: what it takes over, and who is told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .checks import check_optimizer
+from .groups import own_rates, put
+from .state import Group, State
+
+Build = Callable[[list[Group]], Optimizer]
+
+
+def successor(state: State, build: Build, rate: float | Callable[[Group], float] | None = None) -> Optimizer:
+    """Return `build(groups)` for the parameters that are trained now, with a rate, or one that a function says for a group.
+
+    The groups hold the decay that each was given; if all have their optimizer's own, none is handed over. The ratios of the
+    groups' rates stay. Raises TypeError or ValueError for what can't take over: other parameters, a decay that would be lost,
+    whatever a callback refuses.
+    """
+    old = state.optimizer
+    by_group = any(g.get("weight_decay") != old.defaults.get("weight_decay") for g in old.param_groups)
+    keep = ("params", "weight_decay") if by_group else ("params",)
+    new = build([{k: [*g[k]] if k == "params" else g[k] for k in keep if k in g} for g in old.param_groups])
+    check_optimizer(new)
+    kind, first, now = type(new).__name__, held(old), held(new)
+    if new is old:
+        raise ValueError(f"to gives the {kind} that trains already; it must build another on the groups that it is given")
+    if len(now) != len(first) or {*map(id, now)} != {*map(id, first)}:
+        raise ValueError(f"to gives a {kind} of {len(now)} parameters, which are not the {len(first)} that are trained now; build "
+                         "it on the groups that to is given: lambda groups: SGD(groups, lr=0.1)")  # fmt: skip
+    if by_group:
+        check_decay(new)
+    for accept in state.accepts:
+        accept(new)
+    own_rates(new)
+    for group in new.param_groups if rate is not None else ():
+        put(group, {"lr": rate(group) if callable(rate) else rate})
+    rates = {id(p): first_rate(group) for group in old.param_groups for p in group["params"]}
+    if (top := max(rates.values())) > min(rates.values()):
+        for group in new.param_groups:
+            if len(mine := {rates[id(p)] for p in group["params"]}) > 1:
+                raise ValueError(f"to joins parameters whose rates differ now ({sorted(mine)}) in one group; build the {kind} on "
+                                 "the groups that to is given, so that each keeps its share")  # fmt: skip
+            put(group, {"lr": group["lr"] * (mine.pop() / top)})
+    return new
+
+
+def exchange(state: State, new: Optimizer) -> None:
+    """Train on with another optimizer, between two updates; the old one's state is let go, its other holders are told."""
+    old, state.optimizer = state.optimizer, new
+    old.state.clear()  # the user's variable still holds the optimizer, and would hold its memory
+    state.rates = [r.clone() if isinstance(r := group["lr"], Tensor) else r for group in new.param_groups]
+    for tell in state.exchanged:
+        tell(state)
+
+
+def held(optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def first_rate(group: Group) -> float:
+    """Return a group's rate as it was before a scheduler touched it."""
+    rate: Any = group.get("initial_lr", group["lr"])
+    return float(rate)
+
+
+def check_decay(new: Optimizer) -> None:
+    """Refuse an optimizer that would lose the decay of the groups, or its own to theirs."""
+    kind = type(new).__name__
+    own: Any = new.defaults.get("weight_decay")
+    if own is None:
+        raise ValueError(f"the groups have decays of their own, and {kind} has no weight_decay; leave them out in to=: "
+                         'lambda groups: Rprop([{"params": g["params"]} for g in groups])')  # fmt: skip
+    usual = inspect.signature(type(new)).parameters.get("weight_decay")
+    if usual is not None and own != usual.default and own not in decays(new.param_groups):
+        raise ValueError(f"to gives weight_decay={own!r}, which no group would have, since the groups that to is given have decays "
+                         f"of their own ({', '.join(map(str, sorted(decays(new.param_groups))))}); change them there, or leave "
+                         "weight_decay out of to")  # fmt: skip
+
+
+def decays(groups: Iterable[Group]) -> set[Any]:
+    """Return the decays of all groups."""
+    return {group["weight_decay"] for group in groups}
