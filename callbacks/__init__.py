@@ -15,6 +15,7 @@ from .gradient_accumulation import GradientAccumulation
 from .hard_examples import HardExamples
 from .initialize import Initialize
 from .layerwise_rate import LayerwiseRate
+from .make_optimizer import make_optimizer
 from .metrics import Metrics
 from .micro_batch import MicroBatch
 from .noise_scale import NoiseScale
@@ -23,6 +24,7 @@ from .preemption import Preemption
 from .progress import Progress
 from .schedule import Schedule
 from .seed import Seed
+from .switch_optimizer import SwitchOptimizer
 from .tensorboard import TensorBoard
 from .unfreeze import Unfreeze
 from .warmup import Warmup
@@ -55,8 +57,10 @@ __all__ = [
     "Schedule",
     "Seed",
     "Steps",
+    "SwitchOptimizer",
     "TensorBoard",
     "Unfreeze",
     "Warmup",
     "WeightDecay",
+    "make_optimizer",
 ]

@@ -12,6 +12,7 @@ from ..loop.groups import as_text, check_decays, describe, set_groups
 from ..loop.rules import Rule, check_rules
 from ..loop.state import State
 
+
 class WeightDecay(Callback):
     """Gives each parameter the decay of the first rule that matches it, or `default`.
 

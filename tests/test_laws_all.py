@@ -22,6 +22,7 @@ from hookloop.callbacks import (
     Diagnose,
     DynamicBatchSize,
     EarlyStopping,
+    Epochs,
     Fingerprint,
     GradientAccumulation,
     HardExamples,
@@ -34,6 +35,7 @@ from hookloop.callbacks import (
     Progress,
     Schedule,
     Seed,
+    SwitchOptimizer,
     TensorBoard,
     Warmup,
     WeightDecay,
@@ -48,6 +50,7 @@ def shaping() -> list[Callback]:
         Warmup(0.3), Schedule("cosine", end=0.1), GradientAccumulation({0: 1, 2: 2}),
         DynamicBatchSize(6, 13, scale_lr="sqrt"), MicroBatch(5), ClipGradients(0.3), WeightDecay({torch.nn.Linear: 0.1}),
         LayerwiseRate(0.7), DecaySchedule("rate"),
+        SwitchOptimizer(lambda groups: torch.optim.SGD(groups, lr=0.05, momentum=0.9), at=Epochs(2), rate=0.02),
         EarlyStopping("val_accuracy", mode="max", patience=9, restore_best=True),
     ]  # fmt: skip
 
@@ -107,7 +110,7 @@ def test_cb5_any_order_trains_and_saves_the_same(reference: Any, tmp_path: Path,
         assert a[0] == b[0]
 
 
-@given(st.sets(st.integers(0, 9)), st.integers(1, 60), st.integers(1, 12))
+@given(st.sets(st.integers(0, 10)), st.integers(1, 60), st.integers(1, 12))
 @settings(max_examples=15, deadline=None)
 def test_by_hand_is_built_in_for_any_subset(which: set[int], count: int, size: int) -> None:
     def one(form: Any) -> Any:
