@@ -324,16 +324,17 @@ def test_a_skipped_update_is_not_measured() -> None:
     assert (loop.state.step, loop.state.skipped, switch.projected.count) == (7, 1, 7)  # type: ignore[union-attr]
 
 
-def test_rollback_goes_back_to_the_new_optimizer() -> None:
+def test_rollback_goes_back_to_the_new_optimizer(caplog: pytest.LogCaptureFixture) -> None:
     class Spoil(Callback):
         def on_before_optimizer_step(self, state: State) -> None:
             if state.step == 6 and not state.skipped:
                 state.grads[0].fill_(torch.nan)
 
     model = net(noise=False)
-    loop = Loop(model, Adam(model.parameters()), [SwitchOptimizer(sgd, 5), NonFinite("rollback", every=100), Spoil()])
+    loop = Loop(model, Adam(model.parameters()), [SwitchOptimizer(sgd, 5), NonFinite("rollback", every=4), Spoil()])
     built_in(loop, loss_fn, batches(80), epochs=1)
     assert loop.state.skipped == 1
+    assert "back to the weights of update 5" in caplog.text  # not of 4, with Adam's state
     assert {k for held in loop.state.optimizer.state.values() for k in held} == {"momentum_buffer"}
 
 
