@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loop.decay import decide, regroup
+from ..loop.decay import decide
+from ..loop.groups import regroup
 
 KINDS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "SGD", "RMSprop", "Adagrad", "Adadelta", "Lion")
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -55,7 +56,7 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
         raise ValueError(f"the model, a {type(model).__name__}, has no parameter that requires gradients, so there is nothing to "
                          "optimize")  # fmt: skip
     decay = inspect.signature(kind).parameters["weight_decay"].default if weight_decay is None else weight_decay
-    groups = regroup([{"params": parameters, "weight_decay": decay}], decide(model, {}, decay, exempt=True))
+    groups = regroup([{"params": parameters, "weight_decay": decay}], {"weight_decay": decide(model, {}, decay, exempt=True)})
     if lr is not None:
         options["lr"] = lr
     implementation = not options.keys().isdisjoint(("fused", "foreach", "differentiable"))
