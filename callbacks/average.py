@@ -15,35 +15,30 @@ from ..loop.checks import among, share, whole
 from ..loop.state import State
 from ..loop.store import Named
 
-Forward = Callable[[nn.Module, Any], Any]
-
 
 class Average(Callback):
     """Keeps an average of the weights, validates with it, and leaves the training of the weights themselves alone.
 
     `kind`: "ema", exponential with `decay`, or "swa", the mean of all since `start`; taken after each `every`-th applied
     update from update `start` on (below 1: a share of the run). `batch_norm`: "average" treats running statistics as weights,
-    "measure" sends the update's last micro-batch through the averaged model (one forward more each time) by
-    `forward(model, batch)`, by default `model(batch[0])`. `model` is the averaged model (None before the first);
-    EarlyStopping keeps and restores what was validated, so the averaged weights. Computed on the device, without a wait.
-    Raises ValueError for bad settings, and for a share where the run's length is not known.
+    "measure" sends the update's last micro-batch through the averaged model by `forward(model, batch)` (`model(batch[0])`).
+    `model` is the averaged model, None before the first; EarlyStopping keeps and restores what was validated, so averaged
+    weights. Raises ValueError for bad settings, and for a share where the run's length is not known.
     (Polyak and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)
     """
 
     optional = ("on_micro_end",)
 
     def __init__(self, kind: str = "ema", decay: float = 0.999, *, start: float = 0, every: int = 1,
-                 batch_norm: str = "average", forward: Forward | None = None) -> None:  # fmt: skip
+                 batch_norm: str = "average", forward: Callable[[nn.Module, Any], Any] | None = None) -> None:  # fmt: skip
         among("kind", kind, ("ema", "swa"))
         among("batch_norm", batch_norm, ("average", "measure"))
         share("decay", decay)
         whole("every", every, 1, none=False)
-        if isinstance(start, float) and 0 < start < 1:
-            share("start", start)
-        else:
+        if not (isinstance(start, float) and 0 < start < 1):
             whole("start", start, 0, none=False)
-        self.kind, self.decay, self.start, self.every, self.batch_norm = kind, decay, start, every, batch_norm
-        self.forward, self.count = forward or first_argument, 0
+        self.start, self.every, self.batch_norm, self.count = start, every, batch_norm, 0
+        self.forward = forward or first_argument
         self.model: nn.Module | None = None
         self._average = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
         self._batch: Any = None
@@ -63,8 +58,7 @@ class Average(Callback):
             self._saved = None
 
     def _make(self, state: State) -> None:
-        bare = getattr(state.model, "_orig_mod", state.model)
-        self.model = copy.deepcopy(bare).requires_grad_(False).eval()
+        self.model = copy.deepcopy(getattr(state.model, "_orig_mod", state.model)).requires_grad_(False).eval()
         state.eval_model = self.model
 
     def on_micro_end(self, state: State) -> None:
@@ -84,26 +78,24 @@ class Average(Callback):
         if self.model is None:
             self._make(state)
         else:
-            measured = {id(x) for m in norms(self.model) for x in m.buffers()} if self.batch_norm == "measure" else set[int]()
-            mine, theirs = tensors(self.model, measured), tensors(state.model, ())
-            skip = [id(x) in measured for x in tensors(self.model, ())]
-            theirs = [x for x, leave in zip(theirs, skip, strict=True) if not leave]
-            floats = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point() or a.is_complex()]
+            leave = {id(x) for m in norms(self.model) for x in m.buffers() if self.batch_norm == "measure"}
+            both = [(a, b) for a, b in zip(tensors(self.model), tensors(state.model), strict=True) if id(a) not in leave]
+            floats = [(a, b) for a, b in both if a.is_floating_point() or a.is_complex()]
             self._average([a for a, _ in floats], [b for _, b in floats], self.count)
-            for a, b in zip(mine, theirs, strict=True):
+            for a, b in both:
                 if not (a.is_floating_point() or a.is_complex()):
                     a.copy_(b)
         self.count += 1
-        if batch is not None and self.model is not None and norms(self.model):
-            for module in norms(self.model):
+        if batch is not None and self.model is not None and (found := norms(self.model)):
+            for module in found:
                 module.train()
             self.forward(self.model, batch)
             self.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and of how many."""
-        model = self._saved if self.model is None else dict(self.model.state_dict())
-        return {"count": self.count, "from": self._from, "model": model}
+        return {"count": self.count, "from": self._from,
+                "model": self._saved if self.model is None else dict(self.model.state_dict())}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
@@ -112,9 +104,9 @@ class Average(Callback):
             self._from = state["from"]
 
 
-def tensors(model: nn.Module, leave: Any) -> list[Tensor]:
-    """Return a model's parameters and buffers, but for some."""
-    return [x for x in (*model.parameters(), *model.buffers()) if id(x) not in leave]
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Return a model's parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def norms(model: nn.Module) -> list[nn.Module]:

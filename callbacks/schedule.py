@@ -25,11 +25,10 @@ class Schedule(Callback):
 
     `scheduler`: one built on this optimizer, or a function `(optimizer, total_steps) -> scheduler`, called at the start, when
     groups are split and the length is known (else None), and for the updates left where another optimizer takes over; or one
-    of the names "linear", "cosine", "polynomial", "cosine_restarts", "wsd", "inverse_sqrt", "one_cycle", "plateau", with its
-    options (schedules.py). `on`: "step", "epoch", or for ReduceLROnPlateau and only for it a metric: its name (lower is
-    better) or `Goal(metric, mode)`. Warmup and other factors don't disturb it: each update puts the rates back. A resumed run
-    goes on with the checkpoint's scheduler, and warns of settings in which the program's differs. Raises TypeError or
-    ValueError for what doesn't fit together, such as a function that gives other values than in the checkpoint's run.
+    of the names in schedules.py ("linear", "cosine", "wsd", ...) with its options. `on`: "step", "epoch", or for a plateau
+    and only for it a metric: its name (lower is better) or `Goal(metric, mode)`. Warmup and other factors don't disturb it.
+    A resumed run goes on with the checkpoint's scheduler, and warns of other settings in the program's. Raises TypeError or
+    ValueError for what doesn't fit together, as a function that gives other values than in that run.
     """
 
     owns, planned = ("optimizer's rates",), True
@@ -47,8 +46,11 @@ class Schedule(Callback):
         setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
         self._function: Any = named(scheduler, self.on, options) if by_name else None if built else scheduler
         self.scheduler: Any = self._checked(scheduler) if built else None
-        self._saved, self._first = dict[str, Any](), dict[Tensor, Any]()
-        self._settings = settings(self.scheduler) if built else {}
+        self._saved, self._first, self._settings = (
+            dict[str, Any](),
+            dict[Tensor, Any](),
+            settings(self.scheduler) if built else {},
+        )
         self._length_known, self._since = True, 0  # the update that it was built before
 
     def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
