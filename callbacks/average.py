@@ -100,8 +100,7 @@ class Average(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self.count, self._saved = state["count"], state["model"]
-        if not isinstance(self.start, int):
-            self._from = state["from"]
+        self._from = self._from if isinstance(self.start, int) else state["from"]
 
 
 def tensors(model: nn.Module) -> list[Tensor]:

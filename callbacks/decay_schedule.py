@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..loop.callback import Callback
 from ..loop.checks import whole
-from ..loop.factors import Group
 from ..loop.graph import Graphs
-from ..loop.groups import check_decays
+from ..loop.groups import Group, check_decays
 from ..loop.state import State
 
 SHAPES = ("linear", "cosine", "rate")

@@ -46,11 +46,8 @@ class Schedule(Callback):
         setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
         self._function: Any = named(scheduler, self.on, options) if by_name else None if built else scheduler
         self.scheduler: Any = self._checked(scheduler) if built else None
-        self._saved, self._first, self._settings = (
-            dict[str, Any](),
-            dict[Tensor, Any](),
-            settings(self.scheduler) if built else {},
-        )
+        self._saved, self._first = dict[str, Any](), dict[Tensor, Any]()
+        self._settings = settings(self.scheduler) if built else {}
         self._length_known, self._since = True, 0  # the update that it was built before
 
     def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
@@ -68,16 +65,15 @@ class Schedule(Callback):
         except (TypeError, ValueError) as error:
             if self._length_known:
                 raise
-            raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not "
-                             "known: if it needs it, give steps= to fit or epochs") from error  # fmt: skip
+            raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not known: if it "
+                             "needs it, give steps= to fit or epochs") from error  # fmt: skip
 
     def _step(self, state: State) -> None:
         self._told(self.scheduler.step, *([self.on.read(state, "Schedule")] if isinstance(self.on, Goal) else []))
 
     def on_setup(self, state: State) -> None:
         """Keep the rates from before a restore, to build the scheduler on."""
-        if self.scheduler is not None:
-            self._checked(self.scheduler, state.optimizer)
+        _ = self.scheduler is None or self._checked(self.scheduler, state.optimizer)
         self._first = rates(state.optimizer)
         state.accepts, state.exchanged = [*state.accepts, self._follows], [*state.exchanged, self._anew]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..loop.checks import whole
 from ..loop.exchange import held
+from ..loop.groups import Group
 from ..loop.host import HostCopy
-from ..loop.state import Group, State
+from ..loop.state import State
 
 KEPT = ("mean", "settled", "count", "beta", "ended")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import check_optimizer
-from .groups import own_rates, put
-from .state import Group, State
+from .groups import Group, own_rates, put
+from .state import State
 
 Build = Callable[[list[Group]], Optimizer]
 

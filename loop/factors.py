@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-Group = dict[str, Any]
+from .groups import Group
+
 Factor = float | Callable[[Any], float]  # of the group's rate in this update
 Asked = tuple[Group | None, Factor]  # for one group, or for all
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import say
-from .factors import Asked, Factor, Group, checked, multiply, put_back
+from .factors import Asked, Factor, checked, multiply, put_back
 from .goal import number
-from .groups import own_rates
+from .groups import Group, own_rates
 from .step import Eager
 
 if TYPE_CHECKING:
