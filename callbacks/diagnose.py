@@ -46,7 +46,7 @@ class Diagnose(Callback):
         self._now, self._losses, self._host = Interval(), list[Any](), HostCopy()
 
     def on_fit_start(self, state: State) -> None:
-        """Begin all curves at once, so that the order in which callbacks log is theirs and not the list's."""
+        """Begin every kind's curve."""
         for kind in KINDS:
             state.log(f"diagnose/{kind}", int(self.finding is not None and self.finding.kind == kind))
 

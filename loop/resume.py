@@ -40,7 +40,7 @@ def capture(loop: Session) -> store.Contents:
         "rng": rng.snapshot(state.device),
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
-        "metrics": {name: value for name, value in state.metrics.items() if store.plain(value)},
+        "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
         "seed": loop.seed,
         "seeded": state.seed is not None,
