@@ -42,6 +42,7 @@ def capture(loop: Session) -> store.Contents:
         "train_loss": loop.train_loss.state_dict(),
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
+        "used": [[x if x is None or isinstance(x, torch.Tensor) else float(x) for x in y] for y in (state.rates, state.decays)],
         "seed": loop.seed,
         "seeded": state.seed is not None,
         "update_samples": None if state.loader is None else update_samples(loop.callbacks, state),
@@ -100,7 +101,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         named.load_optimizer(optimizer, saved["settings"], loop.settings, skip, rounded)
     if state.scaler is not None and saved["scaler"] is not None:
         state.scaler.load_state_dict(saved["scaler"])
-    state.rates = [group["lr"] for group in state.optimizer.param_groups]
+    state.rates, state.decays = move(saved.get("used") or [[g["lr"] for g in state.optimizer.param_groups], []], state.device)
     for name in PROGRESS:
         setattr(state, name, saved["progress"][name])
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,9 @@ def with_losses(model: Any, batch: Any) -> Any:
     return {**found, "losses": torch.nn.functional.cross_entropy(found["preds"].detach(), batch[1], reduction="none")}
 
 
-def run(form: Any, callbacks: list[Callback]) -> Any:
+def run(form: Any, callbacks: list[Callback], resume: Path | None = None) -> Any:
     seed, model = Seed(5), net(seed=5)
-    loop = Loop(model, adamw(model), [seed, *callbacks])
+    loop = Loop(model, adamw(model), [seed, *callbacks], resume=resume)
     form(loop, with_losses, loader(50, 8), loader(20, 8, shuffle=False), epochs=3)
     return loop, bits(loop)
 
@@ -89,7 +90,7 @@ def saved(folder: Path) -> list[Any]:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("reference")
-    return run(built_in, shaping())[1], run(built_in, [*shaping(), *watching(folder)])[1], saved(folder)
+    return run(built_in, shaping())[1], run(built_in, [*shaping(), *watching(folder)])[1], saved(folder), folder
 
 
 def test_watching_is_free(reference: Any, tmp_path: Path) -> None:
@@ -113,6 +114,22 @@ def test_cb5_any_order_trains_and_saves_the_same(reference: Any, tmp_path: Path,
             state["callbacks"].pop("TensorBoard", None)  # holds seconds and bytes of memory
         same(a, b)
         assert a[0] == b[0]
+
+
+def test_resumed_from_each_checkpoint_it_ends_the_same(reference: Any, tmp_path: Path) -> None:
+    """Also in another order and form; the switch, the unfreezing and the growth lie before some and after others."""
+    for i, checkpoint in enumerate(list_checkpoints(reference[3])[:-1]):
+        shutil.copytree(checkpoint, tmp_path / f"{i}" / checkpoint.name)
+        for beside in reference[3].glob("*.pt"):
+            shutil.copy(beside, tmp_path / f"{i}")
+        callbacks = [*shaping(), *watching(tmp_path / f"{i}")]
+        random.Random(i).shuffle(callbacks)
+        assert_same_bits(reference[0], run(FORMS[i % 2], callbacks, resume=tmp_path / f"{i}")[1])
+        a, b = reference[2][-1], saved(tmp_path / f"{i}")[-1]
+        for state in (a[2], b[2]):
+            state["callbacks"].pop("TensorBoard", None)
+            state.pop("seconds", None)
+        same(a, b)
 
 
 @given(st.sets(st.integers(0, 14)), st.integers(1, 60), st.integers(1, 12))
