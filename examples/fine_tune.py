@@ -1,8 +1,9 @@
 """Fine-tune a net that knows the digits 0 to 4 on a few samples of 5 to 9, against training on these from scratch.
 
 The digits of scikit-learn stand somewhere in a larger picture, so that there is something to know beforehand: that the place
-does not matter. Both are trained alike, once for each of five seeds, each with samples of its own; the rest of 5 to 9 tells
-how good they are. Rates grow from the first layer to the new head; the rest is a small rate, warmup and early stopping.
+does not matter. Both are trained alike, once for each of ten seeds, each with samples of its own; the rest of 5 to 9 tells
+how good they are. Only the new head trains at first, the layers below it join later, each with a smaller rate than the one
+above it; the rest is a small rate, warmup and early stopping.
 """
 
 from __future__ import annotations
@@ -19,12 +20,25 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from hookloop.callbacks import EarlyStopping, Metrics, Seed, TensorBoard, Warmup, WeightDecay
+from hookloop.callbacks import (
+    EarlyStopping,
+    LayerwiseRate,
+    Metrics,
+    Seed,
+    TensorBoard,
+    Unfreeze,
+    Warmup,
+    WeightDecay,
+    make_optimizer,
+)
 from hookloop.loop import Callback, Goal, Loop
+from hookloop.loop.rules import Rule
 from hookloop.loop.study import repeat
 
 FEW = 5  # samples of each new digit to train on, and as many to stop by
-DECAY = 0.5  # of the rate, from each layer to the one before it
+# Chosen on seeds 10 to 14, and not moved since: of the rate, from each layer to the one below it; and what joins when.
+DECAY = 0.75
+PLAN: dict[int, Rule] = {0: r"^11\.", 10: nn.Linear, 20: "."}
 
 
 def build() -> nn.Sequential:
@@ -49,15 +63,12 @@ def samples(seed: int) -> list[DataLoader[Any]]:
     return [*(DataLoader(part, 32, shuffle=True) for part in parts[:2]), *(DataLoader(part, 200) for part in parts[2:])]
 
 
-def by_layer(model: nn.Sequential, rate: float, decay: float) -> list[dict[str, Any]]:
-    """A parameter group a layer, the last with `rate`, each before it with `decay` of the next one's."""
-    layers = [layer for layer in model if any(True for _ in layer.parameters())]
-    return [{"params": [*layer.parameters()], "lr": rate * decay**depth} for depth, layer in enumerate(reversed(layers))]
-
-
-def train(model: nn.Module, groups: Any, seed: Seed, more: list[Callback], loaders: tuple[Any, Any], epochs: int) -> Loop:
-    accuracy = Metrics({"accuracy": MulticlassAccuracy(10, average="micro")})
-    loop = Loop(model, torch.optim.AdamW(groups, lr=3e-3), [seed, WeightDecay(default=0.01), Warmup(10), accuracy, *more])
+def train(model: nn.Module, seed: Seed, more: list[Callback], loaders: tuple[Any, Any], epochs: int) -> Loop:
+    accuracy, optimizer = (
+        Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}),
+        make_optimizer(model, "adamw", lr=3e-3),
+    )
+    loop = Loop(model, optimizer, [seed, WeightDecay(default=0.01), Warmup(10), accuracy, *more])
     loop.fit(loss_fn, *loaders, epochs=epochs)
     return loop
 
@@ -66,20 +77,22 @@ def run(name: str, number: int, folder: Path) -> dict[str, float]:
     seed = Seed(number)  # first of all, so that it covers the initial weights
     model = build()
     old, few, stop, rest = samples(number)
-    groups: Any = model.parameters()
+    callbacks = [
+        EarlyStopping(Goal("val_loss", patience=10), restore_best=True),
+        TensorBoard(folder / f"{name}-{number}", every=5),
+    ]
     if name == "fine-tuned":
-        train(model, groups, seed, [], (old, None), epochs=6)
+        train(model, seed, [], (old, None), epochs=6)
         seed = Seed(number)
         model[-1] = nn.Linear(64, 10)
-        groups = by_layer(model, rate=3e-3, decay=DECAY)
-    patient = EarlyStopping(Goal("val_loss", patience=10), restore_best=True)
-    loop = train(model, groups, seed, [patient, TensorBoard(folder / f"{name}-{number}", every=5)], (few, stop), epochs=60)
+        callbacks += [LayerwiseRate(DECAY), Unfreeze(PLAN)]
+    loop = train(model, seed, callbacks, (few, stop), epochs=60)
     return {"test_accuracy": loop.evaluate(loss_fn, rest)["val_accuracy"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("runs/fine_tune"), help="TensorBoard files, a run a seed")
     given = parser.parse_args()
     names = ("from scratch", "fine-tuned")

@@ -148,6 +148,8 @@ def test_pictures_are_files_and_in_tensorboard(tmp_path: Path) -> None:
         (image,) = events.Images(name)
         assert image.step == 7
         assert image.encoded_image_string.startswith(b"\x89PNG")
+        (words,) = events.Tensors(f"{name}/text_summary")
+        assert words.tensor_proto.string_val[0].decode() == str(one)
         assert struct.unpack(">II", image.encoded_image_string[16:24]) == (image.width, image.height) == (640, 400)
     (axes,) = found.figure().axes
     assert axes.get_xscale() == "log"

@@ -373,7 +373,7 @@ def test_the_picture(tmp_path: Any) -> None:
     model = net()
     callbacks = [WeightDecay({"^0": 0.3}), Warmup(0.3), Schedule("cosine"), DynamicBatchSize(5, 33), MicroBatch(6)]
     found = preview(callbacks, loader(50, 8), epochs=3, optimizer=adamw(model), model=model)
-    found.plot(tmp_path / "preview.png")
+    found.save(tmp_path / "preview.png")
     assert (tmp_path / "preview.png").read_bytes().startswith(b"\x89PNG")
     rates, decays, sizes, accumulate = found.figure().axes
     assert found.rates is not None
@@ -391,7 +391,7 @@ def test_in_tensorboard(tmp_path: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = preview([Warmup(3), Schedule("wsd")], loader(50, 8), epochs=2)
-    found.tensorboard(tmp_path / "preview")
+    found.to_tensorboard(tmp_path / "preview")
     events = EventAccumulator(str(tmp_path / "preview")).Reload()
     [image] = events.Images("preview")
     assert image.encoded_image_string.startswith(b"\x89PNG")
@@ -406,7 +406,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
     found = preview([Warmup(3)], loader(50, 8), epochs=1)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"a preview is drawn with matplotlib: pip install 'hookloop\[study\]'"):
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install 'hookloop\[study\]'"):
         found.figure()
 
 

@@ -1,4 +1,4 @@
-"""Figures, as files and in TensorBoard."""
+"""What a study found, as a picture: in a file, and in TensorBoard beside its words."""
 
 from __future__ import annotations
 
@@ -28,24 +28,29 @@ class Picture:
         Path(path).write_bytes(png(self.figure()))
 
     def to_tensorboard(self, folder: str | os.PathLike[str], step: int = 0) -> None:
-        """Write the figure as an image into a TensorBoard folder of its own, such as "runs/a/rate"; a run's hides others."""
+        """Write the figure and `str` into a TensorBoard folder of their own, such as "runs/a/rate"; a run's hides others."""
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard.summary import text
 
-        made = self.figure()
+        made, tag = self.figure(), type(self).__name__.lower()
         width, height = (round(float(x) * 100) for x in made.get_size_inches())
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png(made))
-        value = Summary.Value(tag=type(self).__name__.lower(), image=image)
         with EventFile(Path(folder).absolute(), 0) as file:
-            file.add(step, time.time(), {}, [Summary(value=[value])])
+            file.add(step, time.time(), {}, [Summary(value=[Summary.Value(tag=tag, image=image)]), text(tag, str(self))])
 
 
-def figure(x: str, y: str) -> tuple[Figure, Any]:
-    """Return an empty figure and its axes; raises ImportError that names the extra."""
+def empty(width: float, height: float) -> Figure:
+    """Return a figure of so many inches; raises ImportError that names the extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("figures need matplotlib: pip install 'hookloop[study]'") from None
-    made = Figure(figsize=(6.4, 4.0), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure(x: str, y: str) -> tuple[Figure, Any]:
+    """Return an empty figure and its axes."""
+    made = empty(6.4, 4.0)
     axes = made.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -1,25 +1,24 @@
-"""A preview, as arrays, a Markdown table, a picture, and in TensorBoard."""
+"""A preview, as arrays, a Markdown table and a picture."""
 
 from __future__ import annotations
 
-import io
-import os
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..events import EventFile
 from ..groups import as_text
+from .pictures import Picture, empty
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLES = ("batch_size", "update_size", "micro_batch_size")
 
 
 @dataclass(frozen=True, eq=False)
-class Preview:
+class Preview(Picture):
     """What each update of a run will use: one row an update, one column a parameter group where there are several.
 
     `rates`, `decays`: float64, as the optimizer gets them. `epochs`: that of each update, from 0. `batch_size`: samples
@@ -73,13 +72,9 @@ class Preview:
 
     __str__ = table
 
-    def figure(self) -> Any:
-        """Return a matplotlib figure: rates, decays, sizes and accumulation over updates; raises ImportError without it."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("a preview is drawn with matplotlib: pip install 'hookloop[study]'") from None
-        figure = Figure(figsize=(10, 8), layout="constrained")
+    def figure(self) -> Figure:
+        """Return a matplotlib figure: rates, decays, sizes and accumulation over updates."""
+        figure = empty(10, 8)
         panels = figure.subplots(4, 1, sharex=True, height_ratios=(3, 1.5, 2, 1))
         at = range(1, len(self) + 1)
         for panel, label, values in ((panels[0], "rate", self.rates), (panels[1], "weight decay", self.decays)):
@@ -104,23 +99,6 @@ class Preview:
         if self.notes:
             figure.supxlabel("\n".join(self.notes), fontsize="small")
         return figure
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write the figure to a file, such as preview.png; its ending says the format."""
-        self.figure().savefig(path, dpi=120)
-
-    def tensorboard(self, folder: str | os.PathLike[str]) -> None:
-        """Write figure and table as `preview` into a folder of their own, such as runs/a/preview, beside a run's curves."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from torch.utils.tensorboard.summary import text
-
-        figure, file = self.figure(), io.BytesIO()
-        figure.savefig(file, format="png", dpi=100)
-        width, height = (int(inches * 100) for inches in figure.get_size_inches())
-        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=file.getvalue())
-        with EventFile(Path(folder).absolute(), 0) as events:
-            events.add(0, time.time(), {}, [Summary(value=[Summary.Value(tag="preview", image=image)]),
-                                            text("preview", self.table())])  # fmt: skip
 
 
 def alike(values: Tensor | None) -> list[tuple[list[int], list[float]]]:
