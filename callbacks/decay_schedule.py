@@ -43,6 +43,8 @@ class DecaySchedule(Callback):
     https://arxiv.org/abs/2104.14294)
     """
 
+    planned = True
+
     def __init__(self, schedule: str | Callable[[float], float], start: float = 1.0, end: float = 0.0,
                  steps: int | None = None) -> None:  # fmt: skip
         known = isinstance(schedule, str) and schedule in SHAPES

@@ -31,7 +31,7 @@ class LayerwiseRate(Callback):
     https://arxiv.org/abs/1801.06146; Clark et al. 2020, https://arxiv.org/abs/2003.10555)
     """
 
-    owns = ("layers' rates",)
+    owns, planned = ("layers' rates",), True
 
     def __init__(self, decay: float = 1.0, rules: Mapping[Rule, float] = {}, example: Any = None) -> None:
         check_rules(rules, "factors", "decay= is for the layers that they do not match")

@@ -51,7 +51,7 @@ class SwitchOptimizer(Callback):
         self.to, self.at, self.rate = to, Steps(at) if isinstance(at, int) else at, rate
         self.tracker = Tracker(Goal.of(at)) if isinstance(at, str | Goal) else None
         self.projected = ProjectedRate(tolerance, every) if rate == "swats" else None
-        self.switched, self.used = False, 0.0  # the projected rate that was handed over
+        self.planned, self.switched, self.used = not (self.tracker or self.projected), False, 0.0  # the rate handed over
         self._state: State | None = None
         self._first: Optimizer | None = None  # to go back to, until a restore is done
         if self.tracker is not None:

@@ -18,17 +18,26 @@ from torch.optim import lr_scheduler as lrs
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookloop.callbacks import (
+    Average,
     ClipGradients,
+    DecaySchedule,
+    Diagnose,
+    Dropout,
     DynamicBatchSize,
     EarlyStopping,
+    Epochs,
     GradientAccumulation,
+    Initialize,
+    LayerwiseRate,
     MicroBatch,
     NoiseScale,
     Policy,
     Schedule,
     Seed,
     Steps,
+    SwitchOptimizer,
     TensorBoard,
+    Unfreeze,
     Warmup,
     WeightDecay,
 )
@@ -53,10 +62,8 @@ class Used(Callback):
         size = state.batch_size or getattr(state.loader, "batch_size", None)
         self.now = state.epoch, size
 
-    def on_before_optimizer_step(self, state: State) -> None:
-        self.rows["decays"].append([g["weight_decay"] for g in state.optimizer.param_groups])
-
     def on_step_end(self, state: State) -> None:
+        self.rows["decays"].append(state.decays or [g["weight_decay"] for g in state.optimizer.param_groups])
         size = state.batch_size or getattr(state.loader, "batch_size", None)
         values = ([float(r) for r in state.rates], state.epoch, size, state.update_size, state.micro_size, state.accumulate)
         for name, value in zip(("rates", "epochs", *ARRAYS[3:]), values, strict=True):
@@ -110,6 +117,50 @@ def test_it_is_what_a_run_uses_in_any_order(shape: str, name: str) -> None:
         found = told([callbacks()[i] for i in order], loader(50, 8), net(noise=False), epochs=3)
         for column in ARRAYS:
             assert found[column] == expected[column], column
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "rate"])
+@pytest.mark.parametrize("at", [4, Epochs(2), None])
+def test_layers_decay_and_a_switch_are_what_a_run_uses(schedule: str, at: Any) -> None:
+    def callbacks() -> list[Callback]:
+        shape = [
+            *SHAPES["growth"](),
+            Schedule("cosine", end=0.1),
+            Warmup(0.3),
+            WeightDecay({"^0": 0.3}, lambda depth: depth / 10),
+        ]
+        layers = [LayerwiseRate(0.7), DecaySchedule(schedule), Dropout({1: 0.1}), Unfreeze({1: "^0"}), Average(), Diagnose(),
+                  Initialize({torch.nn.Linear: "orthogonal"})]  # fmt: skip
+        sgd = SwitchOptimizer(lambda groups: torch.optim.SGD(groups, momentum=0.9), at=at or 1, rate=0.02)
+        found = [Seed(0), *shape, *layers, *([sgd] if at else [])]
+        random.Random(f"{schedule}{at}").shuffle(found)
+        return found
+
+    model = net()
+    expected = run(callbacks(), loader(50, 8), FORMS[schedule == "rate"], epochs=3)
+    assert told(callbacks(), loader(50, 8), epochs=3) == expected
+    with pytest.raises(ValueError, match=r"rules|layer") as caught:
+        preview(callbacks(), loader(50, 8), optimizer=adamw(model), epochs=3)
+    assert caught.value.__notes__ == ["in a preview without model=, whose names and layers rules go by"]
+
+
+def test_a_switch_that_a_run_decides_is_named() -> None:
+    sgd = SwitchOptimizer(lambda groups: torch.optim.SGD(groups, lr=0.1), at=Goal("val_loss"))
+    model = net()
+    found = preview([Warmup(3), sgd], loader(50, 8), epochs=2, optimizer=adamw(model), model=model)
+    assert found.rates is None
+    assert found.decays is None
+    assert found.unknown == dict.fromkeys(("rates", "decays"), "SwitchOptimizer decides by what a run measures")
+    assert found.table().splitlines()[2].split(" | ")[2:4] == ["?", "?"]
+    assert [t.get_text() for axis in found.figure().axes[:2] for t in axis.texts] == ["not known"] * 2
+
+
+def test_a_switch_to_other_groups_is_refused() -> None:
+    model = net()
+    joined = SwitchOptimizer(lambda groups: torch.optim.SGD([p for g in groups for p in g["params"]], lr=0.1), at=3)
+    groups = [{"params": [p], "weight_decay": 0.0} for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"has 1 parameter groups, and the one before it 6"):
+        preview([joined], loader(50, 8), epochs=2, optimizer=torch.optim.AdamW(groups, weight_decay=0.0), model=model)
 
 
 def test_every_name_of_a_curve_is_compared() -> None:

@@ -21,7 +21,7 @@ from ... import callbacks as ours
 from ...callbacks.rate_curves import Curve
 from .. import batch as batches
 from ..callback import Callback
-from ..checks import check_end, check_loader, check_optimizer
+from ..checks import check_end, check_loader, check_optimizer, say
 from ..dispatch import check, overridden
 from ..groups import describe
 from ..order import extent
@@ -32,10 +32,11 @@ from .previewed import SAMPLES, Preview
 
 BY_MEASURE = {"on_micro_end", "on_exception", "on_validation_end"}  # what goes by these, no preview can know
 SHAPING = {"on_setup", "on_fit_start", "on_epoch_start", "on_step_start", "on_before_optimizer_step"}
-SPARED = (ours.Checkpoint, ours.ClipGradients, ours.CUDAGraph, ours.EarlyStopping, ours.Fingerprint, ours.Metrics, ours.NoiseScale,
-          ours.NonFinite, ours.Preemption, ours.Progress, ours.Seed, ours.TensorBoard)  # fmt: skip
+SPARED = (ours.Average, ours.Checkpoint, ours.ClipGradients, ours.CUDAGraph, ours.Diagnose, ours.Dropout, ours.EarlyStopping,
+          ours.Fingerprint, ours.HardExamples, ours.Initialize, ours.Metrics, ours.NoiseScale, ours.NonFinite, ours.Preemption,
+          ours.Progress, ours.Seed, ours.TensorBoard, ours.Unfreeze)  # fmt: skip
 SIZES = ("epochs", "batch_size", "accumulate", "update_size", "micro_batch_size")
-OWNED = {"optimizer's rates": "rates", "micro_batch_size": "micro_batch_size"}
+OWNED = {"optimizer's rates": ("rates",), "micro_batch_size": ("micro_batch_size",), "optimizer": ("rates", "decays")}
 
 
 def preview(callbacks: Iterable[Callback], loader: Any, *, epochs: int | None = None, steps: int | None = None,
@@ -68,7 +69,12 @@ def preview(callbacks: Iterable[Callback], loader: Any, *, epochs: int | None = 
                          "that stands for the loader, such as [torch.empty(32, 1)] * 1000")  # fmt: skip
     with warnings.catch_warnings():  # a scheduler's first step finds that no optimizer has stepped
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_sch|Seems like `optimizer.step")
-        found = Simulation(state, mine, noise, sizes).run(epochs, steps)
+        try:
+            found = Simulation(state, mine, noise, sizes).run(epochs, steps)
+        except Exception as error:
+            if model is None:
+                say(error, "in a preview without model=, whose names and layers rules go by")
+            raise
     for name in unknown:
         found[name] = None
     missing = [n for n in SAMPLES if found[n] is not None and not found[n].all()]
@@ -93,7 +99,7 @@ def sort(given: Sequence[Callback]) -> tuple[list[Callback], dict[str, str], tup
             )
             raise ValueError(f"{name}'s sizes {why}, and all else hangs on them; give a table of sizes in its place, or leave "
                              "it out")  # fmt: skip
-        elif owned := [OWNED[setting] for setting in callback.owns if setting in OWNED]:
+        elif owned := [name for setting in callback.owns for name in OWNED.get(setting, ())]:
             why = f"{name} decides by what a run measures" if measures else f"{name} says no planned = True"
             unknown |= dict.fromkeys(owned, why)
         elif not isinstance(callback, SPARED) and overridden(callback) & SHAPING:
@@ -215,9 +221,7 @@ class Simulation:
         self._run("on_setup")
         state.total_steps = count_steps(self.callbacks, state, epochs, steps)
         self._run("on_fit_start")
-        for callback in self.callbacks:
-            if isinstance(callback, ours.Schedule):
-                quicken(callback.scheduler)
+        self._quicken()
         sizes_used, rates, decays = array("q"), array("d"), array("d")
         ends = None if sizes is None else list(itertools.accumulate(n or 1 for n in sizes))
         told = sizes is None or all(sizes)
@@ -233,6 +237,19 @@ class Simulation:
                 "rates": torch.tensor(rates, dtype=torch.float64).view(-1, len(state.optimizer.param_groups)),
                 "decays": torch.tensor(decays, dtype=torch.float64).view(-1, len(state.optimizer.param_groups))}  # fmt: skip
 
+    def _quicken(self) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, ours.Schedule):
+                quicken(callback.scheduler)
+
+    def _groups(self, now: list[Any]) -> list[Any]:
+        """Return the groups of an optimizer that took over."""
+        if len(found := self.state.optimizer.param_groups) != len(now):
+            raise ValueError(f"the optimizer that takes over has {len(found)} parameter groups, and the one before it {len(now)}: "
+                             "a preview needs as many; keep the groups that to is given")  # fmt: skip
+        self._quicken()
+        return found
+
     def _epoch(self, ends: list[int] | None, told: bool, steps: int | None, sized: Any, rated: Any, decayed: Any) -> None:
         state, planners, used = self.state, self.planners, 0
         groups, loader_size = state.optimizer.param_groups, getattr(state.loader, "batch_size", None) or 0
@@ -242,6 +259,8 @@ class Simulation:
             state.least_micros = 1
             for hook in planners:
                 hook(state)
+            if state.optimizer.param_groups is not groups:
+                groups = self._groups(groups)
             size, count = state.batch_size, state.accumulate
             cut = size, count, state.micro_batch_size, state.least_micros
             # in the midst of an epoch sizes stay as they are

@@ -28,7 +28,7 @@ class Preview(Picture):
 
     epochs: Tensor
     rates: Tensor | None
-    decays: Tensor
+    decays: Tensor | None
     batch_size: Tensor | None
     update_size: Tensor | None
     micro_batch_size: Tensor | None
@@ -39,6 +39,11 @@ class Preview(Picture):
 
     def __len__(self) -> int:
         return len(self.epochs)
+
+    @property
+    def groups(self) -> int:
+        """How many parameter groups there are."""
+        return max([len(self.names), 1, *(x.shape[1] for x in (self.rates, self.decays) if x is not None)])
 
     def rows(self, count: int = 12) -> list[int]:
         """Return the updates that a table shows, from 0: `count` over the run, and each at which a planned size changes."""
@@ -56,7 +61,7 @@ class Preview(Picture):
         for t in self.rows(count):
             row: dict[str, Any] = {"step": t + 1, "epoch": int(self.epochs[t])}
             for name, values in (("rate", self.rates), ("decay", self.decays)):
-                row |= {f"{name} {i}": "?" if values is None else float(values[t, i]) for i in range(self.decays.shape[1])}
+                row |= {f"{name} {i}": "?" if values is None else float(values[t, i]) for i in range(self.groups)}
             row |= {name: "?" if (x := getattr(self, name)) is None else int(x[t]) for name in (*SAMPLES, "accumulate")}
             found.append(row)
         if not found:
@@ -79,6 +84,8 @@ class Preview(Picture):
         at = range(1, len(self) + 1)
         for panel, label, values in ((panels[0], "rate", self.rates), (panels[1], "weight decay", self.decays)):
             panel.set_ylabel(label)
+            if values is None:
+                panel.text(0.5, 0.5, "not known", transform=panel.transAxes, ha="center")
             for groups, column in alike(values):
                 panel.plot(at, column, label=f"group{'s' * (len(groups) > 1)} {', '.join(map(str, groups))}")
         for name in SAMPLES:
@@ -94,8 +101,6 @@ class Preview(Picture):
             panel.grid(alpha=0.3)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-        if self.rates is None:
-            panels[0].text(0.5, 0.5, "not known", transform=panels[0].transAxes, ha="center")
         if self.notes:
             figure.supxlabel("\n".join(self.notes), fontsize="small")
         return figure
