@@ -12,13 +12,17 @@ from torchmetrics.classification import MulticlassAccuracy
 from workloads import ACCUMULATE, DECAY, EVERY, NORM, WARMUP, Job, forward
 
 from hookloop.callbacks import (
+    Average,
     Checkpoint,
     ClipGradients,
     CUDAGraph,
+    DecaySchedule,
+    Diagnose,
     DynamicBatchSize,
     EarlyStopping,
     Fingerprint,
     GradientAccumulation,
+    LayerwiseRate,
     Metrics,
     MicroBatch,
     NoiseScale,
@@ -27,6 +31,7 @@ from hookloop.callbacks import (
     Progress,
     Schedule,
     Seed,
+    SwitchOptimizer,
     TensorBoard,
     Warmup,
     WeightDecay,
@@ -80,10 +85,18 @@ CALLBACKS: dict[str, Make] = {
     "Preemption": lambda job: Preemption(on_signal="return"),  # without Checkpoint it raises nothing
 }
 
+ALONE: dict[str, Make] = {  # what few runs hold together, or what is work of its own
+    "Average": lambda job: Average(),
+    "DecaySchedule": lambda job: DecaySchedule("linear", steps=FAR),
+    "Diagnose": lambda job: Diagnose(),
+    "LayerwiseRate": lambda job: LayerwiseRate(0.9),
+    "SwitchOptimizer": lambda job: SwitchOptimizer(lambda groups: torch.optim.SGD(groups, lr=0.1), at=FAR),
+}
+
 
 def ours(job: Job, names: tuple[str, ...], graphs: bool = False) -> None:
     """Run `Loop.fit` with these callbacks."""
-    callbacks = [CALLBACKS[name](job) for name in names]  # Seed is the first, so that it covers the model
+    callbacks = [(CALLBACKS | ALONE)[name](job) for name in names]  # Seed is the first, so that it covers the model
     model = job.build()
     loop = Loop(model, job.optimizer(model.parameters()), [*callbacks, *([CUDAGraph()] if graphs else []), Tick(job)],
                 autocast=job.workload.autocast)  # fmt: skip
@@ -100,6 +113,6 @@ def sets() -> dict[str, tuple[str, ...]]:
         "hookloop, no callback": (),
         "hookloop, the same duties": DUTIES,
         "hookloop, all callbacks": every,
-        **{f"hookloop, {name} alone": (name,) for name in every},
+        **{f"hookloop, {name} alone": (name,) for name in (*every, *ALONE)},
         **{f"hookloop, all but {name}": tuple(n for n in every if n != name) for name in every},
     }

@@ -65,7 +65,7 @@ class TensorBoard(Callback):
 
     def _log(self, state: State) -> None:
         groups, (step, samples, since), now = state.optimizer.param_groups, self._mark, time.perf_counter()
-        given = {name: value for name, value in state.metrics.items() if name not in state.reported}
+        given = {name: value for name, value in sorted(state.metrics.items()) if name not in state.reported}
         used, self._mark = state.samples - samples, (state.step, state.samples, now)
         seen = used / max(1, state.step - step) / state.accumulate if used else None  # around a loop of your own
         size = state.batch_size or getattr(state.loader, "batch_size", None) or seen

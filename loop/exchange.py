@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,6 +14,10 @@ from torch.optim import Optimizer
 from .checks import check_optimizer
 from .groups import Group, own_rates, put
 from .state import State
+from .store import Named
+
+if TYPE_CHECKING:
+    from .session import Session
 
 Build = Callable[[list[Group]], Optimizer]
 
@@ -58,6 +64,21 @@ def exchange(state: State, new: Optimizer) -> None:
     state.rates = [r.clone() if isinstance(r := group["lr"], Tensor) else r for group in new.param_groups]
     for tell in state.exchanged:
         tell(state)
+
+
+def follow(loop: weakref.ref[Session], state: State) -> None:
+    """Have a Loop, which is not kept by this, count the steps of the optimizer that it trains with now, and know its settings."""
+    if (found := loop()) is None:
+        return
+    if hasattr(state.optimizer, "register_step_post_hook"):
+        state.optimizer.register_step_post_hook(functools.partial(count_step, loop))
+    found.settings = Named(state.model, state.optimizer).options()
+
+
+def count_step(loop: weakref.ref[Session], *about: Any) -> None:
+    """Count a step of the optimizer, whoever ran it."""
+    if (found := loop()) is not None:
+        found.optimizer_steps += 1
 
 
 def held(optimizer: Optimizer) -> list[Tensor]:

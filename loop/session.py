@@ -23,6 +23,7 @@ from .around import check_around
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
 from .dispatch import Dispatch, check, note, table
+from .exchange import follow
 from .feed import Feed
 from .guards import back_to_train, check_trained, modes_of, to_train
 from .mean import Mean
@@ -82,7 +83,7 @@ class Session(Dispatch):
         self._step: Step | None = None
         self._skips, self._saved_at = 0, -1
         self.optimizer_steps = 0
-        self._exchanged(self.state)
+        follow(weakref.ref(self), self.state)
         self.proven = 0  # the largest micro-batch that went through on all ranks
         self._was_set_up = self._entered = self._begun = self._torn = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
@@ -112,7 +113,7 @@ class Session(Dispatch):
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
                 state.writers, state.checks, state.before, state.accepts = [], [], [], []  # of an entry that failed
-                state.exchanged = [self._exchanged]
+                state.exchanged = [functools.partial(follow, weakref.ref(self))]
                 self._run("on_setup")
                 self.settings = Named(state.model, state.optimizer).options()
                 if self.resume is not None:
@@ -123,11 +124,6 @@ class Session(Dispatch):
             self.__exit__(*sys.exc_info())
             raise
         return self
-
-    def _exchanged(self, state: State) -> None:
-        if hasattr(state.optimizer, "register_step_post_hook"):
-            state.optimizer.register_step_post_hook(functools.partial(count_step, weakref.ref(self)))
-        self.settings = Named(state.model, state.optimizer).options()
 
     def _begin(self, loader: Any) -> None:
         """Do, once per entry, what must wait until data and end are known."""
@@ -292,9 +288,3 @@ class Session(Dispatch):
                 self._constants.clear()
             self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
         return self._constants[key]
-
-
-def count_step(loop: weakref.ref[Session], *about: Any) -> None:
-    """Count a step of the optimizer, whoever ran it."""
-    if (found := loop()) is not None:
-        found.optimizer_steps += 1
