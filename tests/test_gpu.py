@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,30 @@ from recorder import SETS, AsWritten, aligned
 from torch import nn
 
 from hookloop.callbacks import (
+    Average,
     Checkpoint,
     ClipGradients,
     CUDAGraph,
+    DecaySchedule,
+    Diagnose,
+    Dropout,
     DynamicBatchSize,
     Fingerprint,
     GradientAccumulation,
+    HardExamples,
+    LayerwiseRate,
     MicroBatch,
     NonFinite,
+    Schedule,
     Seed,
+    SwitchOptimizer,
     TensorBoard,
+    Unfreeze,
     Warmup,
     WeightDecay,
 )
 from hookloop.loop import Loop, store
+from hookloop.loop.study import find_rate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
@@ -57,8 +68,9 @@ def test_by_hand_is_built_in_and_watching_is_free(tmp_path: Path) -> None:
     assert_same_bits(found[0], found[2])
 
 
-def cross_entropy(model: Any, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+def cross_entropy(model: Any, batch: Any) -> dict[str, torch.Tensor]:
+    losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return {"loss": losses.mean(), "losses": losses.detach()}
 
 
 def train_watched(loop: Loop, after: int = 2, size: int = 8) -> None:
@@ -162,10 +174,42 @@ def test_a_run_on_a_gpu_resumes_to_the_same_bits(background: bool, tmp_path: Pat
     assert_same_bits(bits(whole), bits(loop))
 
 
-@pytest.mark.parametrize("watcher", [lambda: NonFinite(), lambda: Fingerprint(1)], ids=["NonFinite", "Fingerprint"])
-def test_a_verdict_and_a_digest_wait_for_nothing(watcher: Any) -> None:
+WAITLESS: dict[str, Any] = {
+    "NonFinite": lambda folder: NonFinite(),
+    "Fingerprint": lambda folder: Fingerprint(1),
+    "an exponential average": lambda folder: Average("ema", 0.9),
+    "an average with measured norms": lambda folder: Average("swa", every=2, batch_norm="measure"),
+    "decay by progress": lambda folder: DecaySchedule("cosine"),
+    "decay by the rate": lambda folder: DecaySchedule("rate"),
+    "rates by layer": lambda folder: LayerwiseRate(0.75),
+    "a curve by name": lambda folder: Schedule("cosine"),
+    "dropout": lambda folder: Dropout(lambda done: 0.3 * done),
+    "unfreezing": lambda folder: Unfreeze({1: "^0"}),
+    "diagnosis": lambda folder: Diagnose(),
+    "hard examples": lambda folder: HardExamples(4, every=5, folder=folder),
+    "a rate to hand over": lambda folder: SwitchOptimizer(
+        lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.9), rate="swats", every=99
+    ),
+    "a switch": lambda folder: SwitchOptimizer(lambda g: torch.optim.SGD(g, lr=0.1), at=2),
+}
+
+
+@pytest.mark.parametrize("name", WAITLESS)
+def test_a_step_with_it_waits_for_nothing(name: str, tmp_path: Path) -> None:
     seed, model = Seed(5), net(seed=5).cuda()
-    train_watched(Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [seed, watcher()]))
+    train_watched(Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [seed, WAITLESS[name](tmp_path)]), after=3)
+
+
+def test_a_sweep_of_the_rate_leaves_no_trace() -> None:
+    found = []
+    for look in (False, True):
+        loop, data = make(), loader(50, 8)
+        if look:
+            with warnings.catch_warnings(action="ignore"):  # noise has nothing to learn
+                find_rate(loop, loss_fn, data, 1e-5, 1.0, steps=20)
+        built_in(loop, loss_fn, data, epochs=2)
+        found.append(bits(loop))
+    assert_same_bits(*found)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -230,7 +274,7 @@ def test_a_replayed_step_waits_for_nothing() -> None:
 
 def test_a_loss_that_waits_is_named_while_recording() -> None:
     def loss(model: Any, batch: Any) -> Any:
-        found = cross_entropy(model, batch)
+        found = cross_entropy(model, batch)["loss"]
         return found * 2 if found.item() > 1e9 else found  # this line
 
     with pytest.raises(RuntimeError) as caught:
