@@ -33,6 +33,7 @@ REPORTS, SEEDS, TUNED = 12, 5, 3
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "healthy": ({}, ""),
     "healthy, cosine": ({"schedule": "cosine"}, ""),
+    "healthy, begun trained": ({"trained": 400, "rate": 1e-3, "batch": 8, "every": 180}, ""),
     "width 1": ({"width": 1, "every": 180}, "underfitting"),
     "50 samples": ({"samples": 50}, "overfitting"),
     "rate x 100": ({"rate": 0.3}, "rate_too_high"),
@@ -58,12 +59,14 @@ def schedule(kind: str) -> Schedule:
 
 
 def record(seed: int, width: int = 32, samples: int | None = None, rate: float = 3e-3, batch: int = 32,
-           every: int = 45, schedule_: str | None = None) -> dict[str, Any]:  # fmt: skip
+           every: int = 45, schedule_: str | None = None, trained: int = 0) -> dict[str, Any]:  # fmt: skip
     torch.set_num_threads(1)
     first, (train, val), diagnose = Seed(seed), data(), Diagnose()
     tensors = train.dataset.tensors  # type: ignore[attr-defined]
     train = DataLoader(TensorDataset(*[x[:samples] for x in tensors]), batch_size=batch, shuffle=True, drop_last=batch == 2)
     model = build(width)
+    if trained:
+        Loop(model, torch.optim.AdamW(model.parameters(), lr=3e-3), [Seed(seed)]).fit(loss_fn, train, steps=trained)
     loop = Loop(model, torch.optim.AdamW(model.parameters(), lr=rate),
                 [first, diagnose, *([schedule(schedule_)] if schedule_ else [])])  # fmt: skip
     loop.fit(loss_fn, train, val, steps=REPORTS * every, validate_every=every)

@@ -23,12 +23,12 @@ class Diagnose(Callback):
     """Says in words what ails training, at each report and at the end, with the numbers it goes by and the remedy; or nothing.
 
     It goes by each update's loss and the report's `metric` (None: "val_loss" where that is reported, else training alone).
-    `target`: the training loss that is good enough (None: a tenth of the first update's, which a language model's, say, never
-    reaches: name one). The words go to the log `hookloop`;
-    `finding` holds the last, `state.metrics["diagnose/<kind>"]` is 1 for it, one of divergence, rate_too_high, noise,
-    overfitting, plateau, rate_too_low, underfitting; all but the first two need four reports, at even distances. Losses travel
-    to the host while training goes on, and are waited for at a report, a save and the end. Raises ValueError for bad settings
-    and for updates that come without a loss, KeyError for a metric that was named and not reported.
+    `target`: the training loss that is good enough (None: a tenth of the first update's; name one where that is none, as for a
+    language model, or for a net that begins trained: its losses spread by more than the first, and only the first two kinds
+    are told). The words go to the log `hookloop`; `finding` holds the last, `state.metrics["diagnose/<kind>"]` is 1 for it,
+    one of divergence, rate_too_high, noise, overfitting, plateau, rate_too_low, underfitting; all but the first two need four
+    reports, at even distances, the last three a loss above 0. Losses travel to the host meanwhile, and are waited for at a
+    report, a save and the end. Raises ValueError for bad settings and updates without a loss, KeyError for a missing metric.
     (Ng 2018, Machine Learning Yearning; Smith 2018, https://arxiv.org/abs/1803.09820; Bengio 2012,
     https://arxiv.org/abs/1206.5533; Karpathy 2019, A Recipe for Training Neural Networks)
     """
@@ -57,7 +57,7 @@ class Diagnose(Callback):
                 self._now.top = rate
         if (loss := state.metrics.get("loss")) is None:
             raise ValueError("Diagnose goes by the loss of each update: with loop.updating(loss=loss.detach())")
-        self._losses.append(loss)
+        self._losses.append(loss.clone() if isinstance(loss, torch.Tensor) else loss)  # its program may fill it anew
         if len(self._losses) >= CHUNK:
             self._send()
             self._take()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ KINDS = ("divergence", "rate_too_high", "noise", "overfitting", "plateau", "rate
 # Tuned on seeds 0 to 2 of benchmarks/diagnose.py. WINDOW: reports that make a trend; STEADY: the share of the loss that a run
 # which still learns loses from one report to the next; SHARE: of the first update's loss, what is good enough.
 WINDOW, STEADY, SHARE = 4, 0.05, 0.1
+LEAP = 20  # times the largest loss of the report beside it: of a net that has learnt, single losses differ by nearly as much
 REMEDIES = {
     "divergence": "go back to a checkpoint, with a rate 3 to 10 times lower, a Warmup or ClipGradients (Bengio 2012, 3.1.1)",
     "rate_too_high": "take a rate 3 to 10 times lower, or a longer Warmup; find_rate shows where it diverges (Smith 2017)",
@@ -49,16 +51,21 @@ def verdict(points: Sequence[Point], first: float, target: float | None = None, 
     """
     if not points:
         return None
+    # Of a net that begins trained the first update's loss is chance, and says nothing of what is good enough.
+    unknown = target is None and points[0].spread > first
     now, best, target = points[-1], min(p.train for p in points), SHARE * first if target is None else target
     loss = f"the training loss is {now.train:.3g} after {first:.3g} in the first update"
     if not (math.isfinite(now.train) and math.isfinite(first) and math.isfinite(now.val or 0.0)):
         return Finding("divergence", f"a loss is not finite: training {now.train:.3g}, validation {now.val}")
-    if len(points) > 1 and now.train > max(first, 2 * best):
+    if len(points) > 1 and now.train > max(first, 2 * best) and now.train - best > now.spread:
         return Finding("divergence", f"{loss}, and was {best:.3g} before")
-    peak, high = max(p.peak for p in points), now.train > target
-    if high and first > 0 and (peak > 10 * first or max(p.train for p in points) > 1.5 * first):
-        return Finding("rate_too_high", f"{loss}, and leapt to {peak:.3g} at a rate of {max(p.top for p in points):.3g}")
-    if len(points) < WINDOW:
+    high = now.train > target and (now.val is None or now.val > target / 2)
+    peaks = [sorted((a.peak, b.peak)) for a, b in itertools.pairwise(points)]
+    leapt = any(large > LEAP * max(small, first / 2) for small, large in peaks)
+    if high and first > 0 and (leapt or any(p.train > 1.5 * first and p.train - first > 2 * p.spread for p in points)):
+        peak, top = max(p.peak for p in points), max(p.top for p in points)
+        return Finding("rate_too_high", f"{loss}, and leapt to {peak:.3g} at a rate of {top:.3g}")
+    if len(points) < WINDOW or unknown:
         return None
     recent, half = points[-WINDOW:], len(points) // 2
     spread = statistics.median(p.spread / p.train if p.train > 0 else 0.0 for p in recent)
@@ -67,12 +74,19 @@ def verdict(points: Sequence[Point], first: float, target: float | None = None, 
         return Finding(
             "noise", f"from update to update the loss changes by {spread:.2g} times its mean, {now.train:.3g}{scale}"
         )
-    gaps = [p.val - p.train for p in points if p.val is not None]
-    before, gap = (statistics.fmean(part) if part else 0.0 for part in (gaps[:half], gaps[half:]))
-    if gap > max(before, target / 2) and now.train < points[half - 1].train and now.val is not None:
+    vals = [(p.val, p.val - p.train) for p in points if p.val is not None]
+    earlier, later = vals[: len(vals) // 2], vals[len(vals) // 2 :]
+    before, gap = (statistics.fmean(g for _, g in part) if part else 0.0 for part in (earlier, later))
+    improves = bool(earlier) and min(later)[0] < min(earlier)[0] - STEADY * abs(min(earlier)[0])
+    if (
+        gap > max(before + 0.1 * abs(before), target / 2)
+        and not improves
+        and now.train < points[half - 1].train
+        and now.val is not None
+    ):
         return Finding("overfitting", f"validation is {now.val:.3g} with a training loss of {now.train:.3g}: the gap grew from "
                        f"{before:.3g} to {gap:.3g} while training improved")  # fmt: skip
-    if not high:
+    if not high or min(best, first) <= 0:  # below 0 shares of a loss mean nothing
         return None
     fall, top = falls(recent), max(p.top for p in points)
     text = f"{loss}, and changes by {-fall:+.1%} a report"

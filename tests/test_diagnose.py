@@ -22,7 +22,8 @@ from hookloop.callbacks.verdicts import KINDS, REMEDIES, Finding, verdict
 from hookloop.loop import Loop, State
 
 CURVES = json.loads((Path(__file__).parent / "data" / "diagnose.json").read_text())
-RIGHT = {"healthy": None, "healthy, cosine": None, "width 1": "underfitting", "50 samples": "overfitting",
+RIGHT = {"healthy": None, "healthy, cosine": None, "healthy, begun trained": None,
+         "width 1": "underfitting", "50 samples": "overfitting",
          "rate x 100": "rate_too_high", "rate / 100": "rate_too_low", "batch 2": "noise",
          "rate decayed too early": "plateau"}  # fmt: skip
 
@@ -75,6 +76,20 @@ CASES: list[tuple[str | None, list[Point], float, dict[str, Any]]] = [
     ("rate_too_low", points([2.0, 1.98, 1.96, 1.94, 1.92]), 2.0, {}),  # slow, and beyond its noise
     ("plateau", points([2.0, 1.98, 1.96, 1.94, 1.92], spread=0.1), 2.0, {}),
     (None, points([1.0, 0.9, 0.8, 0.7, 0.6]), 2.0, {}),  # it fell fast at first, and still learns
+    # a gap that was there from the beginning, by chance a little wider later; and one beside which validation still improves
+    (None, points(LEARNS, [x + gap for x, gap in zip(LEARNS, [0.15, 0.15, 0.15, 0.151, 0.15, 0.15], strict=True)]), 2.0, {}),
+    (None, points([1.0, 0.5, 0.3, 0.15, 0.05, 0.01], [1.0, 0.55, 0.4, 0.33, 0.29, 0.25]), 2.0, {}),
+    ("underfitting", points([1.0, 0.82, 0.8, 0.8, 0.8], [0.9, 0.5, 0.3, 0.15, 0.15]), 2.0, {}),
+    (None, points([1.0, 0.82, 0.8, 0.8, 0.8], [0.9, 0.5, 0.3, 0.08, 0.08]), 2.0, {}),  # dropout alone keeps its loss up
+    # a net that begins trained: one update's loss was small by chance, and single losses leap among those of each report
+    (None, [p._replace(peak=0.6) for p in points([0.06, 0.03, 0.02, 0.01, 0.01, 0.03], spread=0.08)], 0.008, {}),
+    ("underfitting", points([0.06, 0.03, 0.02, 0.02, 0.02, 0.02], spread=0.05), 0.008, {"target": 0.01}),
+    ("rate_too_high", points([1.4, 1.2, 1.1], spread=0.4), 0.008, {}),
+    ("divergence", points([0.06, 0.03, 0.5], spread=0.08), 0.008, {}),
+    (None, points([0.5, 0.4, 0.3, 0.25, 0.2]), 0.0, {}),
+    (None, points([0.5, 0.4, 0.3, 0.25, 0.2]), 0.0, {"target": 0.1}),
+    (None, points([-2.0, -4.0, -6.0, -8.0, -9.0]), -1.0, {"target": -10.0}),
+    (None, points([1.0, -4.0, -6.0, -8.0, -9.0]), 2.0, {"target": -10.0}),
 ]  # fmt: skip
 
 
@@ -165,6 +180,19 @@ def test_without_a_loop_it_says_so_in_words_and_in_a_curve(caplog: pytest.LogCap
         "step 18: rate too low: the training loss is 1.15 after 2 in the first update, and changes"
     )
     assert caplog.messages[-1].startswith("at the end, step 18: rate too low: ")
+
+
+def test_a_loss_that_the_program_fills_in_place_is_taken_as_it_was() -> None:
+    """As the static output of a CUDA graph of the user's own is."""
+    model, diagnose, loss = nn.Linear(1, 1), Diagnose(), torch.zeros(())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Loop(model, optimizer, [diagnose]) as loop:
+        for i in range(10):
+            loss.fill_(i)
+            with loop.updating(loss=loss):
+                optimizer.step()
+        loop.report({})
+    assert (diagnose.first, diagnose.points[0].train, diagnose.points[0].peak) == (0.0, 4.5, 9.0)
 
 
 def test_it_is_silent_where_nothing_ails(caplog: pytest.LogCaptureFixture) -> None:
