@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from .batch import leaves
 from .checks import say
@@ -75,7 +75,9 @@ def in_sequence(loader: Any, number: int) -> list[int] | None:
     """Return the samples of a batch of a loader that goes through its data set in order; None for another."""
     batched = getattr(loader, "batch_sampler", None)
     size, total = getattr(batched, "batch_size", None), length(getattr(loader, "dataset", None))
-    if type(getattr(batched, "sampler", None)) is not SequentialSampler or not (size and total):
+    if type(batched) is not BatchSampler or type(batched.sampler) is not SequentialSampler or not (size and total):
+        return None  # another batch sampler may draw from its sampler in an order of its own
+    if not getattr(loader, "in_order", True):
         return None
     return list(range(number * size, min(total, (number + 1) * size)))
 

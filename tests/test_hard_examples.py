@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset, WeightedRandomSampler
 
 from hookloop.callbacks import (
     Checkpoint,
@@ -397,6 +397,24 @@ def test_unknown_positions_are_said_at_the_first_step() -> None:
         ValueError, match=r"\(val\), which are not known here: give a DataLoader with batch_size= and shuffle=False"
     ):
         loop.evaluate(loss_fn, loader())
+
+
+class Backwards(BatchSampler):
+    """Batches by an order of its own, as one that joins samples of about one length."""
+
+    def __iter__(self) -> Any:
+        return iter([*super().__iter__()][::-1])
+
+
+@pytest.mark.parametrize("settings", [
+    {"batch_sampler": Backwards(SequentialSampler(range(20)), 8, False), "batch_size": 1, "shuffle": None},
+    {"in_order": False},
+])  # fmt: skip
+def test_an_evaluation_in_another_order_is_not_taken_for_one_in_order(settings: Any) -> None:
+    model = net()
+    loop = Loop(model, adamw(model), [HardExamples(3)])
+    with pytest.raises(ValueError, match=r"\(val\), which are not known here: .* and shuffle=False, in order"):
+        loop.fit(loss_fn, loader(), loader(20, **{"shuffle": False, **settings}), epochs=1)
 
 
 def test_around_a_loop_it_is_refused_by_name() -> None:
