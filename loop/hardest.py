@@ -69,7 +69,9 @@ def samples_of(micro: MicroEnd, pictures: bool) -> Held:
     try:
         positions = torch.tensor(micro.index, dtype=torch.int64, pin_memory=losses.device.type == "cuda")
     except (TypeError, ValueError, RuntimeError):
-        remedy = "shuffle=False, in order" if not micro.training else "a data set that has a length and is read by whole numbers"
+        remedy = (
+            "shuffle=False, in order" if not micro.training else "a data set that has a length and is read by whole numbers"
+        )
         raise ValueError(f"HardExamples needs the samples' positions in the data set ({micro.split}), which are not known here: "
                          f"give a DataLoader with batch_size= and {remedy}") from None  # fmt: skip
     found = {"losses": losses.to(torch.promote_types(losses.dtype, torch.float32)),

@@ -314,6 +314,11 @@ GOOD = ([0, 1], [2])
     ({"data": []}, ValueError, "must hold samples"), ({"epochs": 0}, ValueError, "epochs must be a whole number, at least 1"),
     ({"batch_size": 0}, ValueError, "batch_size must"), ({"seed": -1}, ValueError, "seed must be a whole number, at least 0"),
     ({"shuffle": 1}, TypeError, "shuffle must be True or False"), ({"metric": ""}, ValueError, "metric must be the name"),
+    ({"folder": ""}, ValueError, "folder must be the path of a folder, such as 'runs/folds', or None, not ''"),
+    ({"folder": 5}, ValueError, "folder must be .* not 5"), ({"loading": 5}, TypeError, "loading must map names .* not 5"),
+    ({"loading": {"nonsense": 1}}, TypeError, "loading can't hold 'nonsense'; it takes collate_fn, drop_last"),
+    ({"loading": {"shuffle": False}}, TypeError, "loading can't hold 'shuffle'"),
+    ({"loading": {"generator": torch.Generator()}}, TypeError, "'generator'.* one sampler or generator for all folds would carry"),
     ({"build": 3}, TypeError, "build must be a function"), ({"loss_fn": None}, TypeError, "loss_fn must be a function"),
     ({"scaler": 1}, TypeError, "no setting 'scaler'; of Loop's it takes"), ({"resume": "x"}, TypeError, "no setting 'resume'"),
 ])  # fmt: skip
@@ -377,8 +382,10 @@ def test_settings_reach_the_loop_and_the_loaders() -> None:
     plain = validate(KFold(2))
     assert validate(KFold(2), weigh=lambda b: weighed.append(len(b[0])) or len(b[0])).values == plain.values
     assert sum(weighed[:3]) == 23
-    with pytest.raises(TypeError, match="nonsense"):
-        validate(KFold(2), loading={"nonsense": 1})
+    weighed.clear()
+    short = validate(KFold(2), loading={"drop_last": True}, weigh=lambda b: weighed.append(len(b[0])) or len(b[0]))
+    assert short.values != plain.values
+    assert sum(weighed) == 2 * (2 * 16 + 3 * 23)  # trained in whole batches, validated on every sample
 
 
 def test_leave_one_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from ..rng import derive, isolated
 from .repeat import Sample, cell, stats
 
 OPTIONS = ("autocast", "cut", "max_skips", "weigh")
+OURS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "generator")  # of a DataLoader's settings
 Built = tuple[torch.nn.Module, torch.optim.Optimizer, Iterable[Callback]]
 
 
@@ -76,8 +78,8 @@ def cross_validate(build: Callable[[int], Built], dataset: Dataset[Any], splitte
     `build(fold)` returns a new (model, optimizer, callbacks). `splitter`: scikit-learn's, or any object with
     `split(X, y, groups)`; X are the positions, y the labels `stratify`, `groups` the groups, one a sample. `val_dataset`: the
     same samples without augmentation. `shuffle`: what is trained on, within its fold. `loading`: more settings of both
-    DataLoaders. `seed`: what a fold draws begins at (seed, fold), so that none hangs on another. `options`: `autocast`, `cut`,
-    `max_skips` and `weigh`, as Loop takes them. With a `folder`, each fold is a TensorBoard run with checkpoints in
+    DataLoaders (`drop_last` of the one to train on alone). `seed`: what a fold draws begins at (seed, fold), so that none hangs
+    on another. `options`: `autocast`, `cut`, `max_skips` and `weigh`, as Loop takes them. With a `folder`, each fold is a TensorBoard run with checkpoints in
     `fold-<n>`, and the same call, started again after whatever ended it, reads the folds that are done from `fold-<n>.json`
     and goes on with the open one, to the same bits. EarlyStopping on the same samples flatters the metric. Raises TypeError
     or ValueError, before any training, for bad settings, folds that are empty or overlap, and a folder of other folds; later
@@ -95,6 +97,9 @@ def cross_validate(build: Callable[[int], Built], dataset: Dataset[Any], splitte
     if unknown := sorted(options.keys() - set(OPTIONS)):
         raise TypeError(f"cross_validate has no setting {unknown[0]!r}; of Loop's it takes {', '.join(OPTIONS)}, since one object "
                         "for all folds would carry over what it has seen")  # fmt: skip
+    if folder is not None and (not isinstance(folder, str | os.PathLike) or not os.fspath(folder)):
+        raise ValueError(f"folder must be the path of a folder, such as 'runs/folds', or None, not {folder!r}")
+    loading = loading_of(loading)
     folds = folds_of(dataset, splitter, stratify, groups)
     if folder is not None and folds_of(dataset, splitter, stratify, groups) != folds:
         raise ValueError("splitter gives other folds each time it is asked, so that no run could go on: give it a number as "
@@ -112,8 +117,8 @@ def cross_validate(build: Callable[[int], Built], dataset: Dataset[Any], splitte
             if metrics is None:
                 if place is not None:
                     write(place, about[i])
-                train = DataLoader(Subset(dataset, fold.train), batch_size, shuffle=shuffle, **(loading or {}))
-                val = DataLoader(Subset(val_dataset or dataset, fold.val), batch_size, **(loading or {}))
+                train = DataLoader(Subset(dataset, fold.train), batch_size, shuffle=shuffle, **loading)
+                val = DataLoader(Subset(val_dataset or dataset, fold.val), batch_size, **{**loading, "drop_last": False})
                 with isolated(torch.accelerator.current_accelerator() or torch.device("cpu"), derive(seed, "fold", i)):
                     metrics = trained(new(build, i, place, seen, options), loss_fn, train, val, epochs)
                 one(metrics, metric)
@@ -124,6 +129,18 @@ def cross_validate(build: Callable[[int], Built], dataset: Dataset[Any], splitte
             say(error, f"in fold {i}; {metric} of the folds that had ended: {[each[metric] for each in found]}")
             raise
     return Folds(metric, tuple(range(len(folds))), tuple(each[metric] for each in found), folds, tuple(found))
+
+
+def loading_of(given: Any) -> dict[str, Any]:
+    """Return more settings of DataLoaders, checked."""
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"loading must map names of a DataLoader's settings to values, such as num_workers, not {given!r:.60}")
+    loading = dict(given or {})
+    known = sorted(inspect.signature(DataLoader).parameters.keys() - set(OURS))
+    if odd := [name for name in loading if name not in known]:
+        raise TypeError(f"loading can't hold {odd[0]!r}; it takes {', '.join(known)}, since one sampler or generator for all folds "
+                        "would carry over what it has drawn (seed= says the order)")  # fmt: skip
+    return loading
 
 
 def folds_of(dataset: Any, splitter: Any, stratify: Any, groups: Any) -> tuple[Fold, ...]:
