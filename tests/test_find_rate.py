@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import adamw, loader, loss_fn, net
@@ -99,6 +100,26 @@ def test_a_loss_below_0_diverges_by_its_size_too() -> None:
     least = min(found.smoothed)
     assert least < -19
     assert found.smoothed[-1] > least + 3 * abs(least)
+
+
+@pytest.mark.parametrize("offset", [0.0, 12.0, 14.0, 15.0, 50.0])
+def test_where_it_ends_does_not_hang_on_where_the_loss_is_0(offset: float) -> None:
+    """A likelihood's loss may begin beside 0, where a multiple of its size is less than its noise."""
+    model, data = problem()
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    found = find_rate(loop, lambda m, b: square(m, b) - offset, data, 1e-5, 10.0, 100)
+    assert found.diverged is not None
+    assert 1.0 < found.diverged < 4.0
+    assert found.valley == pytest.approx(0.0248, rel=0.01)
+
+
+def test_rates_in_a_list_are_named_in_full() -> None:
+    model, data = problem()
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    rates = [1.0231929e-05, 1.0231929e-06, 0.0001234, 0.0001238, *np.logspace(-3, -1, 3)]
+    tried = try_rates(loop, square, data, rates, 2)
+    assert tried.rates == {str(rate): rate for rate in rates}
+    assert len(tried.losses) == 7
 
 
 def test_a_curve_that_is_known() -> None:
@@ -198,6 +219,7 @@ def test_bad_arguments(more: Any, message: str) -> None:
         ([], "rates must be what find_rate returned, name -> rate, or a list of rates, not \\[\\]"),
         ("0.1", "rates must be what find_rate returned"),
         (0.1, "rates must be what find_rate returned"),
+        (b"12", "rates must be what find_rate returned"),
         ([0.1, -1.0], r"rates\['-1.0'\] must be a finite rate above 0, not -1.0"),
         ({"high": math.nan}, r"rates\['high'\] must be a finite rate above 0, not nan"),
     ],

@@ -25,7 +25,7 @@ from hookloop.callbacks import (
     Seed,
     Warmup,
 )
-from hookloop.loop import Callback, Loop
+from hookloop.loop import Callback, Goal, Loop
 from hookloop.loop.store import list_checkpoints
 from hookloop.loop.study import find_rate, try_rates
 
@@ -255,7 +255,8 @@ def test_an_update_holds_what_the_runs_next_one_holds() -> None:
     assert sizes() == [8] * 10
     assert sizes(GradientAccumulation(3)) == [8] * 30
     assert sizes(DynamicBatchSize(12, 24, every=1)) == [12] * 10
-    assert sizes(DynamicBatchSize(12, 24, every=NoiseScale())) == [8] * 10
+    for policy in (NoiseScale(), Goal("val_loss")):
+        assert sizes(DynamicBatchSize(12, 24, every=policy)) == [12] * 10
     assert sizes(GradientAccumulation(3), micro_batch_size=6) == [4] * 60
 
 
@@ -318,3 +319,15 @@ def test_what_can_not_be_put_back_is_refused(way: Any) -> None:
             return loss_fn(model, batch)
 
         loop.evaluate(inside, loader(8, 8))
+
+
+def test_what_weighs_nothing_is_left_out_as_the_run_leaves_it_out() -> None:
+    def losses(data: Any, weigh: Any) -> Any:
+        model = net(noise=False)
+        return find_rate(Loop(model, adamw(model), weigh=weigh), loss_fn, data, 1e-4, 1.0, 12).losses
+
+    data = [*loader(96, 8, shuffle=False)]
+    padded = [batch for pair in zip(data, data, strict=True) for batch in (pair[0], [pair[1][0] * 0, *pair[1][1:]])]
+    assert losses(padded, lambda b: len(b[0]) * bool(b[0].any())) == losses(data, None)
+    with pytest.raises(ValueError, match="the weights of 100 updates in a row sum to 0: look at weigh= and the data"):
+        losses(data, lambda b: 0)

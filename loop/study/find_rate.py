@@ -18,7 +18,7 @@ from .trial import LossFn, Trial, check_free, untouched
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DIVERGED = 3.0  # a rise above the least smoothed loss, as a multiple of its size
+DIVERGED = 3.0  # a rise above the least smoothed loss, as a multiple of its size, or of the losses' noise where that is more
 AT_ONCE = "the loss is {} before the first update, so no rate is to blame: look at the data, the weights and loss_fn"
 
 
@@ -86,14 +86,15 @@ def find_rate(loop: Loop, loss_fn: LossFn, loader: Any, start: float = 1e-7, end
     """Sweep the rate from `start` to `end` over `steps` real updates, return what the loss did, and leave no trace.
 
     Each update multiplies the rate by the same factor; several groups keep the ratio of their rates. The sweep ends where
-    the loss, smoothed by an exponential mean of factor `smooth`, is above 4 times its least, or not finite. Updates hold as
-    many samples as the run's next one (the loader's batch, `GradientAccumulation`, `DynamicBatchSize`; one that measures as
-    it stands), in micro-batches of at most `micro_batch_size` (None: as the run has them now); no other callback takes part.
-    Model, optimizer, scaler, generators, loader and Loop are after it, to the bit, what they were, also where it raises:
-    before the run, between two epochs, after any update. What `loss_fn`, hooks on the model or a data set keep elsewhere is
-    not put back. A Loop with `resume=` has the checkpoint's weights once it is entered. The host holds a copy of weights,
-    gradients and optimizer state meanwhile. Raises ValueError for bad settings, a loss that is not finite at once and a loader
-    without data, TypeError for a loader that can't be begun again, RuntimeError inside a step or with several ranks.
+    the loss, smoothed by an exponential mean of factor `smooth`, is above 4 times its least, or not finite (where its least
+    is about 0: above it by three times the noise from update to update). Updates hold as many samples as the run's next one
+    (the loader's batch, `GradientAccumulation`, `DynamicBatchSize` as it stands), in micro-batches of at most
+    `micro_batch_size` (None: as the run has them now); no other callback takes part. Model, optimizer, scaler, generators,
+    loader and Loop are after it, to the bit, what they were, also where it raises: before the run, between two epochs,
+    after any update. What `loss_fn`, hooks on the model or a data set keep elsewhere is not put back. A Loop with `resume=`
+    has the checkpoint's weights once it is entered. The host holds a copy of weights, gradients and optimizer state
+    meanwhile. Raises ValueError for bad settings, a loss that is not finite at once and a loader without data, TypeError
+    for a loader that can't be begun again, RuntimeError inside a step or with several ranks.
     (Smith 2017, https://arxiv.org/abs/1506.01186)
     """
     check_rate("start", start)
@@ -117,7 +118,7 @@ def find_rate(loop: Loop, loss_fn: LossFn, loader: Any, start: float = 1e-7, end
             rates.append(rate)
             losses.append(loss)
             smoothed.append(ema(losses, smooth))
-            if smoothed[-1] - (least := min(smoothed)) > DIVERGED * abs(least):
+            if smoothed[-1] - (least := min(smoothed)) > DIVERGED * max(abs(least), noise_of(losses)):
                 break
         else:
             rate = math.nan
@@ -146,9 +147,9 @@ def try_rates(loop: Loop, loss_fn: LossFn, loader: Any, rates: Found | Mapping[s
             raise ValueError(f"rates has no valley to start from: {rates}")
         high = 100 * rates.valley if rates.diverged is None else rates.diverged
         rates = {"too low": rates.valley / 100, "fitting": rates.valley, "too high": high}
-    if not isinstance(rates, Mapping | Sequence) or isinstance(rates, str) or not rates:
+    if not isinstance(rates, Mapping | Sequence) or isinstance(rates, str | bytes) or not rates:
         raise TypeError(f"rates must be what find_rate returned, name -> rate, or a list of rates, not {rates!r:.60}")
-    named = dict(rates) if isinstance(rates, Mapping) else {f"{rate!r:.8}": rate for rate in rates}
+    named = dict(rates) if isinstance(rates, Mapping) else {str(rate): rate for rate in rates}
     for name, rate in named.items():
         check_rate(f"rates[{name!r}]", rate)
     check_free(loop, loss_fn, loader, "try_rates")

@@ -79,11 +79,12 @@ def cross_validate(build: Callable[[int], Built], dataset: Dataset[Any], splitte
     `split(X, y, groups)`; X are the positions, y the labels `stratify`, `groups` the groups, one a sample. `val_dataset`: the
     same samples without augmentation. `shuffle`: what is trained on, within its fold. `loading`: more settings of both
     DataLoaders (`drop_last` of the one to train on alone). `seed`: what a fold draws begins at (seed, fold), so that none hangs
-    on another. `options`: `autocast`, `cut`, `max_skips` and `weigh`, as Loop takes them. With a `folder`, each fold is a TensorBoard run with checkpoints in
-    `fold-<n>`, and the same call, started again after whatever ended it, reads the folds that are done from `fold-<n>.json`
-    and goes on with the open one, to the same bits. EarlyStopping on the same samples flatters the metric. Raises TypeError
-    or ValueError, before any training, for bad settings, folds that are empty or overlap, and a folder of other folds; later
-    for what `build` gives twice, a fold that was left early, and a metric that is not there or not finite.
+    on another. `options`: `autocast`, `cut`, `max_skips` and `weigh`, as Loop takes them. With a `folder`, each fold is a
+    TensorBoard run with checkpoints in `fold-<n>`, and the same call, started again after whatever ended it, reads the folds
+    that are done from `fold-<n>.json` and goes on with the open one, to the same bits. EarlyStopping on the same samples
+    flatters the metric. Raises TypeError or ValueError, before any training, for bad settings, folds that are empty or
+    overlap, and a folder of other folds; later for what `build` gives twice, a fold that was left early, and a metric that is
+    not there or not finite.
     """
     stats()  # before hours of training
     for name, count in (("epochs", epochs), ("batch_size", batch_size), ("seed", seed)):

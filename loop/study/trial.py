@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from .. import batch as batches
 from ..checks import check_loader
-from ..chunk import piece
+from ..chunk import Chunk, piece
 from ..feed import Feed
 from ..groups import put
 from ..guards import to_train
@@ -123,17 +123,24 @@ class Trial:
                 scaler.update()
         return loss
 
+    def _data(self) -> list[tuple[Chunk, Any]]:
+        """Return the micro-batches of the next update that is no 0/0, which the run would skip, with their weights."""
+        loop = self.loop
+        for _ in range(loop.max_skips):
+            chunks = self.feed.gather(self.size, self.accumulate)
+            for chunk in chunks:
+                chunk.size = loop.measure(chunk.data) if chunk.size is None else chunk.size
+            if self.limit is not None:
+                chunks = [piece(c, a, b, loop.cut) for c in chunks for a, b in batches.equal_cuts(c.size or 0, self.limit)]
+            weighed = [(chunk, weight_of(loop, chunk)) for chunk in chunks]
+            if found := [(chunk, w) for chunk, w in weighed if isinstance(w, Tensor) or w > 0]:
+                return found
+        raise ValueError(f"the weights of {loop.max_skips} updates in a row sum to 0: look at weigh= and the data")
+
     def _backward(self, state: State) -> float:
-        loop, chunks = self.loop, self.feed.gather(self.size, self.accumulate)
-        for chunk in chunks:
-            chunk.size = loop.measure(chunk.data) if chunk.size is None else chunk.size
-        if self.limit is not None:
-            chunks = [piece(c, a, b, loop.cut) for c in chunks for a, b in batches.equal_cuts(c.size or 0, self.limit)]
-        weights = [weight_of(loop, chunk) for chunk in chunks]
-        whole, total = sum(weights), 0.0
-        for chunk, weight in zip(chunks, weights, strict=True):
-            if not isinstance(weight, Tensor) and not weight:
-                continue  # its mean loss is 0/0
+        loop, weighed = self.loop, self._data()
+        whole, total = sum(weight for _, weight in weighed), 0.0
+        for chunk, weight in weighed:
             loss = checked(loop.forward(self.loss_fn, state.model, batches.move(chunk.data, state.device)))["loss"]
             share = weight / whole
             (loss if state.scaler is None else state.scaler.scale(loss)).backward(loop.constant(share, loss))
@@ -153,7 +160,9 @@ def shares(state: State) -> list[float]:
 def planned(loop: Loop, loader: Any) -> tuple[int | None, int]:
     """Return batch size and accumulation of the run's next update, as far as they follow from settings."""
     state = loop.state
-    shape = [c for c in loop.callbacks if {"batch_size", "accumulate"} & set(c.owns) and not c.measured]
+    shape = [c for c in loop.callbacks if {"batch_size", "accumulate"} & set(c.owns)]
+    # What measures has planned already, or says how it begins: a copy of it, for to ask may move it on.
+    shape = [copy.deepcopy(c) if c.measured else c for c in shape if state.batch_size is None or not c.measured]
     shadow = State(state.model, state.optimizer, loader=loader, step=state.step, epoch=state.epoch,
                    epoch_samples=extent(loader)[1] if shape else None, batch_size=state.batch_size,
                    accumulate=state.accumulate)  # fmt: skip
