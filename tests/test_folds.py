@@ -333,7 +333,7 @@ def test_labels_that_are_missing_are_asked_for() -> None:
     assert error.value.__notes__ == ["from StratifiedKFold.split; labels are given as stratify=, groups as groups="]
 
 
-@pytest.mark.parametrize("given", [None, 3, (1, 2), (1, 2, 3)])
+@pytest.mark.parametrize("given", [None, 3, (1, 2), (1, 2, 3), (None, None, []), (nn.Linear(1, 1), None, [])])
 def test_what_build_must_return(given: Any) -> None:
     with pytest.raises(TypeError, match=r"build must return \(model, optimizer, callbacks\), not"):
         validate(build=lambda fold: given)
@@ -371,6 +371,12 @@ def test_a_folder_of_other_folds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give it a number as random_state"):
         validate(ShuffleSplit(2), folder=tmp_path / "new")
     assert len(validate(ShuffleSplit(2)).values) == 2
+    for damage in ("{", "[1]", "null"):
+        (tmp_path / "fold-1.json").write_text(damage)
+        with pytest.raises(
+            ValueError, match=r"fold-1\.json is damaged \(.*\); delete it with .*fold-1, and the fold is trained"
+        ):
+            validate(KFold(2), folder=tmp_path)
     (tmp_path / "old/fold-0").mkdir(parents=True)
     (tmp_path / "old/fold-0/x").write_text("")
     with pytest.raises(ValueError, match="holds files of another run"):
@@ -386,6 +392,11 @@ def test_settings_reach_the_loop_and_the_loaders() -> None:
     short = validate(KFold(2), loading={"drop_last": True}, weigh=lambda b: weighed.append(len(b[0])) or len(b[0]))
     assert short.values != plain.values
     assert sum(weighed) == 2 * (2 * 16 + 3 * 23)  # trained in whole batches, validated on every sample
+
+
+def test_positions_may_be_a_list_of_numpys_numbers() -> None:
+    found = validate(Gives(([*np.arange(5)], [*np.arange(5, 9)]), (torch.arange(5, 9), (0, 1))))
+    assert [fold.val for fold in found.folds] == [(5, 6, 7, 8), (0, 1)]
 
 
 def test_leave_one_out() -> None:

@@ -25,7 +25,7 @@ from ..goal import number
 from ..loop import Loop
 from ..order import length
 from ..rng import derive, isolated
-from .repeat import Sample, cell, stats
+from .repeat import Sample, cell, integer, stats
 
 OPTIONS = ("autocast", "cut", "max_skips", "weigh")
 OURS = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "generator")  # of a DataLoader's settings
@@ -173,18 +173,19 @@ def folds_of(dataset: Any, splitter: Any, stratify: Any, groups: Any) -> tuple[F
 def part(positions: Any) -> tuple[int, ...]:
     """Return positions as integers."""
     given = positions.tolist() if hasattr(positions, "tolist") else list(positions)
-    if odd := [p for p in given if isinstance(p, bool) or not isinstance(p, int)]:
+    if odd := [p for p in given if integer(p) is None]:
         raise TypeError(f"splitter must give positions, whole numbers, not {odd[0]!r}")
-    return tuple(given)
+    return tuple(map(int, given))
 
 
 def new(build: Any, i: int, place: Path | None, seen: dict[int, weakref.ref[Any]], options: Mapping[str, Any]) -> Loop:
     """Return the Loop of a fold; raises TypeError for what is none, ValueError for what an earlier fold has trained."""
     built = build(i)
-    if not isinstance(built, tuple | list) or len(built) != 3 or not isinstance(built[2], Iterable):
+    good = isinstance(built, tuple | list) and len(built) == 3 and isinstance(built[2], Iterable)
+    if not good or not isinstance(built[0], torch.nn.Module) or not hasattr(built[1], "param_groups"):
         raise TypeError(f"build must return (model, optimizer, callbacks), not {built!r:.60}")
     model, optimizer, callbacks = built[0], built[1], [*built[2]]
-    inside = [*model.named_parameters(), *model.named_buffers()] if isinstance(model, torch.nn.Module) else []
+    inside = [*model.named_parameters(), *model.named_buffers()]
     named = [("model", model), ("optimizer", optimizer), *((type(c).__name__, c) for c in callbacks), *inside]
     for name, thing in named:
         if (before := seen.get(id(thing))) is not None and before() is thing:
@@ -232,7 +233,10 @@ def read(place: Path, about: Mapping[str, Any]) -> dict[str, float] | None:
         if place.exists() and any(place.iterdir()):
             raise ValueError(f"{place} holds files of another run; give another folder")
         return None
-    found = json.loads(path.read_text())
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it with {place}, and the fold is trained anew") from None
     if odd := [
         f"{name}: {value} here and {found.get(name)} there" for name, value in about.items() if found.get(name) != value
     ]:
