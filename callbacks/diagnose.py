@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -46,33 +48,30 @@ class Diagnose(Callback):
         self._now, self._losses, self._host = Interval(), list[Any](), HostCopy()
 
     def on_fit_start(self, state: State) -> None:
-        """Begin every kind's curve."""
+        """Have the next report hold every kind's number, so that each callback sees this report's verdict in it."""
         for kind in KINDS:
-            state.log(f"diagnose/{kind}", int(self.finding is not None and self.finding.kind == kind))
+            state.log(f"diagnose/{kind}", functools.partial(self._is, kind, weakref.ref(state)))
+
+    def _is(self, kind: str, state: Any) -> int:
+        self._report(state())
+        return int(self.finding is not None and self.finding.kind == kind)
 
     def on_step_end(self, state: State) -> None:
         """Take the update's loss in, where it lies."""
-        for rate in state.rates:
-            if isinstance(rate, float) and rate > self._now.top:  # one on a device is read at reports alone
-                self._now.top = rate
+        self._now.top = max([self._now.top, *(r for r in state.rates if isinstance(r, float))])  # of tensors: at reports alone
         if (loss := state.metrics.get("loss")) is None:
             raise ValueError("Diagnose goes by the loss of each update: with loop.updating(loss=loss.detach())")
         self._losses.append(loss.clone() if isinstance(loss, torch.Tensor) else loss)  # its program may fill it anew
         if len(self._losses) >= CHUNK:
-            self._send()
             self._take()
 
-    def _send(self) -> None:
-        losses, self._losses = self._losses, []
-        if losses:
-            found = torch.stack([torch.as_tensor(loss).detach().float() for loss in losses])
-            self._host.put(None, {"losses": found}, most_dims=1)
-
     def _take(self, all: bool = False) -> None:
-        if all:
-            self._send()
-        for _, found in self._host.take(all):
-            for loss in found["losses"]:
+        if self._losses:
+            found = torch.stack([torch.as_tensor(loss).detach().float() for loss in self._losses])
+            self._host.put(None, {"losses": found}, most_dims=1)
+            self._losses = []
+        for _, arrived in self._host.take(all):
+            for loss in arrived["losses"]:
                 self.first = loss if self.first is None else self.first
                 self._now.add(loss)
 
@@ -81,21 +80,22 @@ class Diagnose(Callback):
         scale, size = state.metrics.get("noise_scale"), state.update_size * state.world
         noise = None if scale is None or not size else number("noise_scale", scale) / size
         self.finding = verdict([*self.points, point], self.first or 0.0, self.target, noise)
-        for kind in KINDS:
-            state.log(f"diagnose/{kind}", int(self.finding is not None and self.finding.kind == kind))
         return point
 
     def on_validation_end(self, state: State) -> None:
-        """Judge the run up to this report."""
+        """Judge the run up to this report, unless that was done when its numbers were computed."""
+        self._report(state)
+        self.on_fit_start(state)
+
+    def _report(self, state: State) -> None:
         self._take(all=True)
         name = self.metric or "val_loss"
         if self.metric is not None and name not in state.reported:
             raise KeyError(f"Diagnose watches {name!r}, which was not reported; there are: {', '.join(sorted(state.reported))}")
-        if not self._now.count:  # reported again, with no update in between
-            return
-        self.points.append(self._judge(state, number(name, state.metrics[name]) if name in state.reported else None))
-        self._now = Interval(last=self._now.last)
-        self._say(f"step {state.step}")
+        if self._now.count:  # not where it is reported again, with no update in between
+            self.points.append(self._judge(state, number(name, state.metrics[name]) if name in state.reported else None))
+            self._now = Interval(last=self._now.last)
+            self._say(f"step {state.step}")
 
     def on_fit_end(self, state: State) -> None:
         """Say how it ended, also where a loss that is not finite ended it before a report."""

@@ -187,15 +187,17 @@ class State:
             self.metrics[name] = value
 
     def report(self, metrics: Mapping[str, Any]) -> None:
-        """Put metrics (single numbers) and what functions were logged into `state.metrics` as floats, for the last ones."""
+        """Put metrics (single numbers), and then what functions were logged, into `state.metrics` as floats, for the last ones."""
         if odd := [name for name in metrics if not isinstance(name, str)]:
             raise TypeError(f"metrics must map names to numbers; {odd[0]!r} is no name")
-        found = {**metrics, **{name: computed(name, value) for name, value in self._logged.items() if callable(value)}}
-        self._logged = {}
+        found = {name: number(name, value) for name, value in metrics.items()}
+        functions = {name: value for name, value in self._logged.items() if callable(value)}
         for name in self.reported:
             self.metrics.pop(name, None)
-        self.metrics.update({name: number(name, value) for name, value in found.items()})
-        self.reported, self.reported_at = set(found), self.step
+        self.metrics.update(found)
+        self.reported = set(found)
+        self.metrics.update({name: number(name, computed(name, value)) for name, value in functions.items()})
+        self.reported, self.reported_at, self._logged = {*found, *functions}, self.step, {}
 
     def scale_rate(self, factor: float, group: Group | int | None = None) -> None:
         """Multiply the rate of this update (of one parameter group, or all) by `factor`; it is put back after."""
