@@ -224,9 +224,10 @@ def on_device(optimizer: Optimizer, device: torch.device) -> None:
             held["step"] = step.to(device)
 
 
-def facts(model: nn.Module) -> list[bool]:
-    """Return what a recording holds fast of a model."""
-    return [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
+def facts(model: nn.Module) -> list[Any]:
+    """Return what a recording holds fast of a model: modes, how much is dropped, what is frozen."""
+    held = [fact for m in model.modules() for fact in (m.training, *map(vars(m).get, ("p", "dropout")))]
+    return [fact for fact in held if isinstance(fact, int | float)] + [p.requires_grad for p in model.parameters()]
 
 
 def settings(state: State) -> list[Any]:

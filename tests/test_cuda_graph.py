@@ -15,6 +15,7 @@ from torch import nn
 from hookloop.callbacks import (
     Checkpoint,
     CUDAGraph,
+    Dropout,
     GradientAccumulation,
     MicroBatch,
     NonFinite,
@@ -83,6 +84,13 @@ def test_two_thirds_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = run(built_in, CUDAGraph(3), Watch(), data=loader(64, 8), loss=loss)
     assert (loop.state.step, hooks[0], calls[0]) == (24, 24, 4)
     assert Recording.count == 2
+
+
+def test_how_much_is_dropped_is_recorded_anew() -> None:
+    """Python reads it while recording only."""
+    found = bits(run(built_in, CUDAGraph(2), Dropout({0: 0.5, 1: 0.0, 2: 0.2})))
+    assert_same_bits(bits(run(built_in, None, Dropout({0: 0.5, 1: 0.0, 2: 0.2}))), found)
+    assert Recording.count == 6
 
 
 @pytest.mark.parametrize("warmup", [1, 2, 5])
