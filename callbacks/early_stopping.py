@@ -42,14 +42,15 @@ class EarlyStopping(Callback):
         self.watches = (goal.metric,)
         self.optional = () if min_epochs else ("on_epoch_end",)
         self._best: dict[str, Any] | None = None
-        self._last: dict[str, Any] | None = None
+        self._last: tuple[dict[str, Any], torch.nn.Module | None] | None = None  # of training, and what was validated
         self._broken: str | None = None
 
     def on_fit_start(self, state: State) -> None:
         """Say again what a restored or finished run had decided, and train on from the last weights."""
         named = Named(state.model, state.optimizer)
         if self._last is not None:
-            named.load_model(self._last)
+            weights, state.eval_model = self._last
+            named.load_model(weights)
             self._last = None
         if self._best is not None and (amiss := named.model_misfits(self._best)):  # resumed with strict=False
             self._best = None
@@ -85,7 +86,7 @@ class EarlyStopping(Callback):
     def on_fit_end(self, state: State) -> None:
         """Leave with the best weights."""
         if self.restore_best and self._best is not None and self._last is None:
-            self._last = copy_of(state)
+            self._last, state.eval_model = (copy_of(state), state.eval_model), None  # the best is what is evaluated now
             Named(state.model, state.optimizer).load_model(self._best)
 
     def state_dict(self) -> dict[str, Any]:
