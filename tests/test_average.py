@@ -11,7 +11,7 @@ import torch
 from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torch import nn
 
-from hookloop.callbacks import Average, Checkpoint, EarlyStopping, GradientAccumulation, MicroBatch, NonFinite, Seed
+from hookloop.callbacks import Average, Checkpoint, EarlyStopping, GradientAccumulation, MicroBatch, NonFinite, Seed, Unfreeze
 from hookloop.loop import Callback, Loop, State
 
 
@@ -25,11 +25,11 @@ class Weights(Callback):
         self.seen.append({k: v.clone() for k, v in state.model.state_dict().items()})
 
 
-def run(form: Any, *own: Callback, **kwargs: Any) -> Loop:
+def run(form: Any, *own: Callback, epochs: int = 4, wrap: Any = lambda model: model, **kwargs: Any) -> Loop:
     first = Seed(3)
-    model = net(seed=5)
+    model = wrap(net(seed=5))
     loop = Loop(model, adamw(model), [first, *own], **kwargs)
-    form(loop, loss_fn, loader(40, 8), loader(16, 8, shuffle=False), epochs=4)
+    form(loop, loss_fn, loader(40, 8), loader(16, 8, shuffle=False), epochs=epochs)
     return loop
 
 
@@ -98,9 +98,15 @@ def test_early_stopping_leaves_with_what_was_validated() -> None:
         def on_validation_end(self, state: State) -> None:
             reports.append(state.metrics["val_loss"])
 
-    loop = run(built_in, Average(decay=0.9), EarlyStopping("val_loss", patience=9, restore_best=True), Reports())
-    loop.state.eval_model = None
+    own = [Average(decay=0.9), EarlyStopping("val_loss", patience=9, restore_best=True), Reports()]
+    loop = run(built_in, *own)
+    assert reports[-1] != min(reports)
     assert loop.evaluate(loss_fn, loader(16, 8, shuffle=False))["val_loss"] == min(reports)
+    loop.fit(loss_fn, loader(40, 8), loader(16, 8, shuffle=False), epochs=5)
+    again, reports[:] = reports[:], []
+    once = run(built_in, Average(decay=0.9), EarlyStopping("val_loss", patience=9, restore_best=True), Reports(), epochs=5)
+    assert (reports, bits(once).keys()) == (again, bits(loop).keys())
+    assert_same_bits(bits(once), bits(loop))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -165,8 +171,84 @@ def test_around_a_loop_and_without_one() -> None:
     assert alone.count == 3
 
 
+class Masked(nn.Module):
+    """A mask by infinities, and a number that each forward sets anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net(seed=5)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf, 0.0]))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += x.mean().detach()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize("batch_norm", ["average", "measure"])
+def test_buffers_that_are_no_statistics_are_copied(kind: str, batch_norm: str) -> None:
+    """The mean of an infinity with itself is NaN."""
+    model, average = Masked(), Average(kind, batch_norm=batch_norm)
+    Loop(model, adamw(model), [average]).fit(loss_fn, loader(40, 8), epochs=1)
+    for name in ("mask", "seen"):
+        assert torch.equal(average.model.get_buffer(name), model.get_buffer(name))  # type: ignore[union-attr]
+    assert not torch.equal(average.model.get_buffer("body.1.running_mean"), model.body[1].running_mean)  # type: ignore[union-attr]
+
+
+def test_what_a_frozen_norm_keeps_is_not_measured() -> None:
+    average, before = Average("swa", batch_norm="measure"), net(seed=5)[1].running_mean
+    run(built_in, average, Unfreeze({9: "^1"}))
+    assert torch.equal(average.model[1].running_mean, before)  # type: ignore[index, union-attr]
+
+
+def test_around_a_loop_there_is_no_batch_to_measure_with() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="saw none in this update, as around a loop of your own"), \
+            Loop(model, adamw(model), [Average(batch_norm="measure")]) as loop, loop.updating():  # fmt: skip
+        pass
+    Loop(model := net(noise=False), adamw(model), [Average(batch_norm="measure")]).fit(loss_fn, loader(8, 8), epochs=1)
+
+
+def test_a_wrapped_model_resumes_its_average_also_without_the_wrapper(tmp_path: Path) -> None:
+    expected = Average(decay=0.5)
+    run(built_in, expected)
+    for i, wraps in enumerate([(nn.DataParallel, None), (None, nn.DataParallel), (nn.DataParallel, nn.DataParallel)]):
+        for epochs, wrap in zip((2, 4), wraps, strict=True):
+            average = Average(decay=0.5)
+            run(built_in, average, Checkpoint(tmp_path / f"{i}"), epochs=epochs, wrap=wrap or nn.Module.train,
+                resume=tmp_path / f"{i}")  # fmt: skip
+        assert_same_bits(dict(expected.model.state_dict()), dict(average.model.state_dict()))  # type: ignore[union-attr]
+
+
+def test_it_is_in_the_checkpoint_for_a_program_without_hookloop(tmp_path: Path) -> None:
+    loop = run(built_in, average := Average(decay=0.9), folder := Checkpoint(tmp_path))
+    found = torch.load(max(folder.folder.glob("step-*")) / "state.pt", weights_only=True)["callbacks"]["Average"]["model"]
+    assert_same_bits(dict(average.model.state_dict()), found)  # type: ignore[union-attr]
+    loop.state.model.load_state_dict(found)
+
+
+def test_it_begins_anew_where_layers_do_not_fit(tmp_path: Path) -> None:
+    run(built_in, Average(), Checkpoint(tmp_path), epochs=1)
+    model, average = net(), Average("swa")
+    model[4] = nn.Linear(12, 5)
+    loop = Loop(model, adamw(model), [Seed(3), average, Checkpoint(tmp_path)], resume=tmp_path, strict=False)
+    with pytest.warns(UserWarning, match=r"begins anew, since what it saved does not fit: 4\.bias is \(5,\) here"), \
+            pytest.warns(UserWarning, match="not taken"):  # fmt: skip
+        loop.fit(loss_fn, loader(40, 8), epochs=2)
+    assert average.count == 5
+
+
+def test_only_one_is_validated() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="Average and Average both own"):
+        Loop(model, adamw(model), [Average(), Average("swa").named("second")])
+
+
 @pytest.mark.parametrize("bad", [{"kind": "mean"}, {"decay": 0}, {"decay": 1.5}, {"decay": True}, {"every": 0}, {"start": -1},
-                                 {"start": 1.5}, {"batch_norm": "refresh"}])  # fmt: skip
+                                 {"start": 1.5}, {"batch_norm": "refresh"}, {"decay": 1.0}, {"forward": 3},
+                                 {"forward": lambda model, batch: None}])  # fmt: skip
 def test_bad_arguments(bad: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
         Average(**bad)

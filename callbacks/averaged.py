@@ -1,0 +1,58 @@
+"""What of a model an average is taken of, what it copies, and which statistics it measures anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Take = Callable[[list[Tensor], list[Tensor], int], Any]
+
+
+def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:
+    """Return the average's norms that keep statistics, but for those that are frozen in training, in eval mode there."""
+    both = zip(average.modules(), model.modules(), strict=True)
+    return [a for a, b in both if getattr(a, "running_mean", None) is not None and b.training]
+
+
+@torch.no_grad()
+def take_in(take: Take, average: nn.Module, model: nn.Module, count: int, measured: list[nn.Module]) -> None:
+    """Take a model's parameters and running statistics into an average of `count`; other buffers are copied.
+
+    They may hold infinities, as a mask does, whose mean with themselves is NaN. What `measured` norms hold is left alone.
+    """
+    left = {id(x) for norm in measured for x in norm.buffers(recurse=False)}
+    norms = [m for m in average.modules() if getattr(m, "running_mean", None) is not None]
+    means = {id(x) for x in average.parameters()} | {id(x) for norm in norms for x in norm.buffers(recurse=False)}
+    both = [(a, b) for a, b in zip(tensors(average), tensors(model), strict=True) if id(a) not in left]
+    mean = [(a, b) for a, b in both if id(a) in means and (a.is_floating_point() or a.is_complex())]
+    take([a for a, _ in mean], [b for _, b in mean], count)
+    done = {id(a) for a, _ in mean}
+    for a, b in both:
+        if id(a) not in done:
+            a.copy_(b)
+
+
+@torch.no_grad()
+def measure(forward: Callable[[nn.Module, Any], Any], average: nn.Module, norms: list[nn.Module], batch: Any) -> None:
+    """Have these norms see a batch, all else in eval mode."""
+    for norm in norms:
+        norm.train()
+    try:
+        forward(average, batch)
+    finally:
+        average.eval()
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Return a model's parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def first_argument(model: nn.Module, batch: Any) -> Any:
+    """Run the model on the first entry of a batch, as torch's `update_bn` does."""
+    if not isinstance(batch, list | tuple):
+        raise ValueError(f"Average can't tell what of a {type(batch).__name__} the model takes: give forward=fn(model, batch)")
+    return model(batch[0])
