@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .depth import bare
+
 Rule = str | type[nn.Module]
 T = TypeVar("T")
 
@@ -33,7 +35,10 @@ def rule_list(argument: str, rules: Iterable[Rule] | Rule | None) -> list[Rule] 
     """Return one rule or several as a list; raises ValueError for what is none, and for an empty list."""
     if rules is None:
         return None
-    found = [rules] if isinstance(rules, str | type) else list(rules)
+    try:
+        found = [rules] if isinstance(rules, str | type) else list(rules)
+    except TypeError:
+        found = [rules]  # type: ignore[list-item]
     for rule in found:
         check_rule(argument, rule)
     if not found:
@@ -51,6 +56,7 @@ def matches(rule: Rule, name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def select(argument: str, rules: Iterable[Rule], model: nn.Module, among: Container[Any]) -> set[Any]:
     """Return which modules or parameters in `among` the rules match; raises ValueError for one that matches none."""
+    model = bare(model)  # a name is the same whether compiled or not
     modules = dict(model.named_modules(remove_duplicate=False))
     held: dict[str, Any] = {**modules, **dict(model.named_parameters(remove_duplicate=False))}
     pool, found = {name: x for name, x in held.items() if x in among}, set[Any]()
@@ -70,6 +76,7 @@ def by_rules(model: nn.Module, rules: Mapping[Rule, T],
 
     `idle(value, parameters)` says why a rule that decides for these would change nothing, or returns an empty text.
     """
+    model = bare(model)
     modules, found = dict(model.named_modules(remove_duplicate=False)), dict[Tensor, T]()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for rule, value in rules.items():

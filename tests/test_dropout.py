@@ -120,6 +120,8 @@ def test_what_does_not_fit() -> None:
         run_with(nn.Linear(6, 3), Dropout(0.1))
     with pytest.raises(ValueError, match="modules has 3, neither an expression nor a module class"):
         Dropout(0.1, [3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"modules has Dropout\(.*, neither an expression nor a module class"):
+        Dropout(0.1, nn.Dropout())  # type: ignore[arg-type]
     model = net()
     with pytest.raises(ValueError, match="needs the run's length, which is not known: give steps="):
         Loop(model, adamw(model), [Dropout(lambda done: 0.1)]).fit(loss_fn, iter(list(loader())), epochs=1)
