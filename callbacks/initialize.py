@@ -12,20 +12,23 @@ from torch import Tensor, nn
 
 from ..loop import rng
 from ..loop.callback import Callback
+from ..loop.depth import bare
 from ..loop.rules import Rule, matches, rule_list, select
 from ..loop.state import State
 
 How = str | Callable[[Tensor], Any]
 
 
-def function(how: How) -> Callable[[Tensor], Any]:
+def function(argument: str, how: How) -> Callable[[Tensor], Any]:
     """Return torch.nn.init's function of that name, with or without its underscore."""
     if callable(how):
         return how
     known = [name[:-1] for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
     if not isinstance(how, str) or how.rstrip("_") not in known:
         near = ", ".join(get_close_matches(str(how), known, 3, 0))
-        raise ValueError(f"rules gives {how!r}, which is neither a function nor one of torch.nn.init's; the closest are {near}")
+        raise ValueError(
+            f"{argument} gives {how!r}, which is neither a function nor one of torch.nn.init's; the closest are {near}"
+        )
     found: Callable[[Tensor], Any] = getattr(nn.init, how.rstrip("_") + "_")
     return found
 
@@ -35,9 +38,10 @@ class Initialize(Callback):
 
     `rules`: a module's class, or an expression found in a parameter's name, -> the name of a function of `torch.nn.init`
     ("kaiming_uniform", "trunc_normal", "orthogonal", ...) or a function that fills a tensor. A class decides what its
-    modules hold themselves but biases, which `bias` fills (None leaves them); the first rule that matches counts. With Seed
-    each parameter draws from a stream of its own, by its name, and nothing else moves. Raises ValueError for unknown names,
-    rules that match nothing, and functions that a shape does not suit, with the parameter.
+    modules hold themselves but biases, which `bias` fills (None leaves them); the first rule that matches counts. Rows of an
+    embedding that stand for padding are 0. With Seed each parameter draws from a stream of its own, by its name, and nothing
+    else moves. Raises ValueError for unknown names, rules that match or decide nothing, functions that a shape does not suit,
+    with the parameter, where gradients are there already, and on several ranks without Seed.
     (He et al. 2015, https://arxiv.org/abs/1502.01852; Glorot and Bengio 2010)
     """
 
@@ -45,17 +49,22 @@ class Initialize(Callback):
         if not isinstance(rules, Mapping):
             raise TypeError(f"rules must map module classes or expressions to functions of torch.nn.init, not {rules!r}")
         rule_list("rules", rules)
-        self.rules = {rule: function(how) for rule, how in rules.items()}
-        self.bias = None if bias is None else function(bias)
+        self.rules = {rule: function("rules", how) for rule, how in rules.items()}
+        self.bias = None if bias is None else function("bias", bias)
         self._done = False
 
     def on_fit_start(self, state: State) -> None:
         """Draw."""
-        done, self._done = self._done, True
-        if done or state.step:
+        if self._done or state.step:
             return
+        if state.loader is None and state.grads:
+            raise ValueError("Initialize would draw weights anew behind their first backward, as around a loop of your own; do it "
+                             "before: Initialize(...).on_fit_start(State(model, optimizer))")  # fmt: skip
+        if state.world > 1 and state.seed is None:
+            raise ValueError("Initialize would draw other weights on each rank; add Seed(0) to callbacks")
         select("rules", self.rules, state.model, set(state.model.parameters()))
-        for name, p, fill in decide(state.model, self.rules, self.bias):
+        drawn = decide(bare(state.model), self.rules, self.bias)
+        for name, p, fill in drawn:
             streams = (
                 contextlib.nullcontext() if state.seed is None else rng.isolated(state.device, rng.derive(state.seed, name))
             )
@@ -66,6 +75,11 @@ class Initialize(Callback):
                 raise ValueError(
                     f"{name} of shape {tuple(p.shape)} can't be drawn so: {error}; give its layer another"
                 ) from error
+        filled = {p for _, p, _ in drawn}
+        for module in state.model.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight in filled:
+                module._fill_padding_idx_with_zero()
+        self._done = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether it was done."""
@@ -79,6 +93,7 @@ class Initialize(Callback):
 def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple[str, Tensor, Any]]:
     """Return name, parameter and function, once for each parameter that a rule decides."""
     modules, found = dict(model.named_modules(remove_duplicate=False)), dict[Tensor, tuple[str, Tensor, Any]]()
+    idle = set(rules)
     for name, p in model.named_parameters(remove_duplicate=False):
         path, _, own = name.rpartition(".")
         for rule, fill in rules.items():
@@ -88,6 +103,10 @@ def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple
                 hit, how = isinstance(modules[path], rule), bias if "bias" in own else fill
             if hit and how is not None:
                 found.setdefault(p, (name, p, how))
+                idle.discard(rule)
             if hit:
                 break
+    for rule in (rule for rule in rules if rule in idle):
+        raise ValueError(f"rules has {rule!r}, which decides nothing: rules before it match all that it does, or modules of this "
+                         "class hold no weight themselves; put it first, or name the class of the layers inside")  # fmt: skip
     return list(found.values())

@@ -120,10 +120,52 @@ def test_bad_rules(rules: Any, says: str) -> None:
         Initialize(rules)
 
 
+def test_padding_stays_0() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3, padding_idx=1), nn.EmbeddingBag(4, 3, padding_idx=2))
+    start(model, Initialize({nn.Embedding: "trunc_normal", "1": fives}))
+    assert [i for layer in model for i in range(4) if not layer.weight[i].any()] == [1, 2]
+
+
+def test_a_compiled_model_draws_the_same_by_the_same_rules() -> None:
+    rules, models = Initialize({r"^0\.": "normal", nn.Linear: "normal"}).rules, [net(seed=5), net(seed=9)]
+    start(models[0], Initialize(rules), 3)
+    start(torch.compile(models[1], backend="eager"), Initialize(rules), 3)
+    for layer in (0, 4):
+        assert_same_bits(dict(models[0][layer].state_dict()), dict(models[1][layer].state_dict()))
+
+
+def test_around_a_loop_it_comes_too_late_and_says_so() -> None:
+    model = net()
+    loss_fn(model, next(iter(loader())))["loss"].backward()
+    with pytest.raises(ValueError, match="behind their first backward, as around a loop of your own; do it before"), \
+            Loop(model, adamw(model), [Initialize({nn.Linear: "normal"})]) as loop, loop.updating():  # fmt: skip
+        pass
+    before = model[0].weight.clone()
+    loop.fit(loss_fn, loader(), epochs=0)  # in time now
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_ranks_draw_the_same_or_nothing() -> None:
+    model = net()
+    state = State(model, adamw(model), world=2)
+    with pytest.raises(ValueError, match=r"other weights on each rank; add Seed\(0\)"):
+        Initialize({nn.Linear: "normal"}).on_fit_start(state)
+
+
+@pytest.mark.parametrize(
+    "rules", [{nn.Sequential: "zeros"}, {nn.Linear: "zeros", "^0": "ones"}, {nn.Linear: "zeros", "4.b": fives}]
+)
+def test_a_rule_that_decides_nothing(rules: Any) -> None:
+    with pytest.raises(ValueError, match=r"rules has .*, which decides nothing"):
+        start(net(), Initialize(rules))
+
+
 def test_what_does_not_fit_the_model() -> None:
     with pytest.raises(ValueError, match=r"rules has 'wieght', which matches nothing; the closest are weight"):
         start(nn.Linear(2, 2), Initialize({"wieght": "zeros"}))
     with pytest.raises(ValueError, match=r"weight of shape \(3,\) can't be drawn so: Fan in.*give its layer another"):
         start(nn.LayerNorm(3), Initialize({nn.LayerNorm: "xavier_uniform"}))
+    with pytest.raises(ValueError, match="bias gives 0, which is neither"):
+        Initialize({nn.Linear: "zeros"}, bias=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rules must map"):
         Initialize("zeros")  # type: ignore[arg-type]
