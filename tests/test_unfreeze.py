@@ -92,15 +92,36 @@ def test_killed_and_resumed_it_is_the_same_run(kill: int, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("plan", "says"), [
     ({}, "plan must map epochs to rules"), ("layer4", "plan must map epochs to rules"), ({-1: "a"}, "not -1"),
-    ({1.5: "a"}, "not 1.5"),    ({0: 3}, r"plan\[0\] has|not iterable"), ({0: []}, r"plan\[0\] holds no rule"),
-    ({0: "("}, r"plan\[0\] has '\('"),
+    ({1.5: "a"}, "not 1.5"),    ({0: 3}, r"plan\[0\] has 3, neither"), ({0: []}, r"plan\[0\] holds no rule"),
+    ({0: "("}, r"plan\[0\] has '\('"), ({0: None}, r"plan\[0\] has None, neither"),
 ])  # fmt: skip
 def test_bad_plans(plan: Any, says: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=says):
+    with pytest.raises(ValueError, match=says):
         Unfreeze(plan)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_stay_where_a_validation_of_the_users_own_ends_with_train(affine: bool) -> None:
+    """Also those of a norm without parameters, which its own name decides."""
+    model = net(seed=5)
+    model[1] = nn.BatchNorm1d(12, affine=affine)
+    loop, seen = Loop(model, adamw(model), [Unfreeze({0: "^4", 1: "^[01]"})]), []
+    with loop:
+        for _ in loop.epochs(2):
+            for step in loop.steps(loader()):
+                for micro in step:
+                    with micro:
+                        micro.backward(loss_fn)
+                loop.update()
+                model.eval()
+                model.train()
+            seen.append(bool(model[1].running_mean.any()))
+    assert seen == [False, True]
+
+
 def test_plans_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"plan leaves nothing to train before epoch 2; give epoch 0 rules of its own"):
+        run(built_in, Unfreeze({2: "."}))
     with pytest.raises(ValueError, match=r"plan\[1\] has 'haed', which matches nothing; the closest are"):
         run(built_in, Unfreeze({1: "haed"}))
     with pytest.raises(ValueError, match=r"plan\[2\] decides nothing: epochs before it match all that it does"):
