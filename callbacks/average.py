@@ -11,11 +11,11 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ..loop.callback import Callback
-from ..loop.checks import among, share, whole
+from ..loop.checks import among, whole
 from ..loop.depth import bare
 from ..loop.state import State
 from ..loop.store import Named
-from .averaged import first_argument, measure, take_in, to_measure
+from .averaged import check, first_argument, measure, take_in, to_measure
 
 
 class Average(Callback):
@@ -25,9 +25,8 @@ class Average(Callback):
     update from update `start` on (below 1: a share of the run). `batch_norm`: "average" treats running statistics as weights,
     "measure" sends the update's last micro-batch through the averaged model by `forward(model, batch)` (`model(batch[0])`);
     norms that are in eval mode while training, and other buffers, are copied. `model` is the averaged model, None before the
-    first; EarlyStopping keeps and restores what was validated, so averaged weights. A checkpoint holds them in `state.pt`,
-    as `["callbacks"]["Average"]["model"]`: its `model.pt` is what trains on. Raises TypeError or ValueError for bad settings,
-    and for a share where the run's length is not known.
+    first; EarlyStopping keeps and restores what was validated, so averaged weights. A checkpoint holds them in `state.pt`, as
+    `["callbacks"]["Average"]["model"]`: its `model.pt` is what trains on. Raises ValueError for bad settings and unknown ends.
     (Polyak and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)
     """
 
@@ -37,23 +36,30 @@ class Average(Callback):
                  batch_norm: str = "average", forward: Callable[[nn.Module, Any], Any] | None = None) -> None:  # fmt: skip
         among("kind", kind, ("ema", "swa"))
         among("batch_norm", batch_norm, ("average", "measure"))
-        share("decay", decay)
-        if decay == 1:
-            raise ValueError("decay must be below 1, not 1, which would keep the first weights for good")
+        check(decay, batch_norm, forward)
         whole("every", every, 1, none=False)
         if not (isinstance(start, float) and 0 < start < 1):
             whole("start (an update, or a share of the run between 0 and 1)", start, 0, none=False)
-        if forward is not None and (not callable(forward) or batch_norm != "measure"):
-            raise TypeError(f"forward must be a function of model and batch, beside batch_norm='measure' alone, not {forward!r} "
-                            f"beside {batch_norm!r}")  # fmt: skip
-        self.start, self.every, self.batch_norm, self.count = start, every, batch_norm, 0
-        self.forward = forward or first_argument
+        self.start, self.every, self.count = start, every, 0
+        self.batch_norm, self.forward = batch_norm, forward or first_argument
         self.model: nn.Module | None = None
         self._named: Named | None = None
         self._average = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
-        self._batch: Any = None
+        self._batch: Any = None  # the update's last
         self._saved: dict[str, Any] | None = None
         self._from: int | None = start if isinstance(start, int) else None
+
+    def on_setup(self, state: State) -> None:
+        """Go back with the weights, where they go back: it is not to hold any that were given up."""
+
+        def put(saved: dict[str, Any]) -> None:
+            self.count = saved["count"]
+            if saved["model"] is None:
+                self.model = self._named = state.eval_model = None
+            elif self._named is not None:
+                self._named.load_model(saved["model"])
+
+        state.along[self.key] = self.state_dict, put
 
     def on_fit_start(self, state: State) -> None:
         """Turn a share into updates, and go on with the average that was saved."""
@@ -63,12 +69,10 @@ class Average(Callback):
                                  "epochs, or start as a whole number of updates")  # fmt: skip
             self._from = int(self.start * state.total_steps)
         saved, self._saved = self._saved, None
-        if saved is None:
-            return
-        if amiss := Named(state.model, state.optimizer).model_misfits(saved):  # resumed with strict=False
+        if saved is not None and (amiss := Named(state.model, state.optimizer).model_misfits(saved)):  # with strict=False
             warnings.warn(f"Average begins anew, since what it saved does not fit: {'; '.join(amiss.values())}", stacklevel=2)
             self.count = 0
-        else:
+        elif saved is not None:
             self._make(state).load_model(saved)
 
     def _make(self, state: State) -> Named:
@@ -97,14 +101,15 @@ class Average(Callback):
         self.count += 1
         if norms:
             if batch is None:
-                raise ValueError("Average measures statistics on micro-batches, and saw none in this update, as around a loop of "
-                                 "your own: take batch_norm='average'")  # fmt: skip
+                raise ValueError(
+                    "Average saw no micro-batch of this update, as around your own loop: take batch_norm='average'"
+                )
             measure(self.forward, average, norms, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and of how many."""
-        return {"count": self.count, "from": self._from,
-                "model": self._saved if self._named is None else dict(self._named.model_state())}  # fmt: skip
+        model = self._saved if self._named is None else dict(self._named.model_state())
+        return {"count": self.count, "from": self._from, "model": model}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..loop.checks import share
+
 Take = Callable[[list[Tensor], list[Tensor], int], Any]
+
+
+def check(decay: float, batch_norm: str, forward: Any) -> None:
+    """Refuse a decay that moves nothing, and a forward that is none or would never run."""
+    share("decay", decay)
+    if decay == 1:
+        raise ValueError("decay must be below 1, not 1, which would keep the first weights for good")
+    if forward is not None and (not callable(forward) or batch_norm != "measure"):
+        raise TypeError(f"forward must be a function of model and batch, beside batch_norm='measure' alone, not {forward!r} "
+                        f"beside {batch_norm!r}")  # fmt: skip
 
 
 def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:

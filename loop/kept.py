@@ -60,7 +60,8 @@ def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     optimizer["groups"] = [{"params": group["params"]} for group in optimizer["groups"]]
     weights = {name: x for name, x in named.model_state().items() if name not in places}
     found = copies.of({"step": state.step, "weights": weights, "optimizer": optimizer,
-                       "buffers": {name: owner[own] for name, (owner, own) in places.items()}})  # fmt: skip
+                       "buffers": {name: owner[own] for name, (owner, own) in places.items()},
+                       "along": {key: read() for key, (read, _) in sorted(state.along.items())}})  # fmt: skip
     copies.wait()
     judged = {named.clean(name) for name, _ in state.model.named_buffers() if name in buffers}
     parts = {**found["weights"], **{name: x for name, x in found["buffers"].items() if name in judged},
@@ -102,6 +103,9 @@ def put_back(state: State, kept: dict[str, Any]) -> None:
         state.optimizer.param_groups[:] = groups  # loading made them anew, and others hold these
         for group, settings in zip(groups, now, strict=True):
             put(group, settings)
+    for key, made in kept.get("along", {}).items():  # formats of before have none
+        if key in state.along:
+            state.along[key][1](copy.deepcopy(made))
 
 
 def put_buffer(owner: dict[str, Tensor | None], name: str, kept: Tensor | None, device: torch.device) -> None:

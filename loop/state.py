@@ -87,6 +87,8 @@ class State:
     before: list[Callable[[State], None]] = field(default_factory=list)  # before a step's first forward, once hooks have run
     accepts: list[Callable[[Optimizer], None]] = field(default_factory=list)  # raise for one that could not take over
     exchanged: list[Callable[[State], None]] = field(default_factory=list)  # told when another optimizer has
+    along: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = field(default_factory=dict)  # what was made of the
+    # weights, to be read when they are kept to go back to, and put back when they are
     given_loss: Any = None  # what loop.updating was given
     saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at

@@ -205,7 +205,7 @@ def test_what_a_frozen_norm_keeps_is_not_measured() -> None:
 
 def test_around_a_loop_there_is_no_batch_to_measure_with() -> None:
     model = net()
-    with pytest.raises(ValueError, match="saw none in this update, as around a loop of your own"), \
+    with pytest.raises(ValueError, match="saw no micro-batch of this update, as around your own loop"), \
             Loop(model, adamw(model), [Average(batch_norm="measure")]) as loop, loop.updating():  # fmt: skip
         pass
     Loop(model := net(noise=False), adamw(model), [Average(batch_norm="measure")]).fit(loss_fn, loader(8, 8), epochs=1)
@@ -238,6 +238,27 @@ def test_it_begins_anew_where_layers_do_not_fit(tmp_path: Path) -> None:
             pytest.warns(UserWarning, match="not taken"):  # fmt: skip
         loop.fit(loss_fn, loader(40, 8), epochs=2)
     assert average.count == 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("start", [0, 12])
+def test_it_goes_back_with_the_weights(start: int, form: Any) -> None:
+    """The mean of those that an update started from, and of no other."""
+    average, weights, back = Average("swa", start=start), Weights(), []
+
+    class Spoil(Callback):
+        def on_step_end(self, state: State) -> None:
+            if state.step == 14 and not back:
+                back.append(len(weights.seen))
+                with torch.no_grad():
+                    state.model[0].weight.fill_(torch.nan)
+
+    run(form, average, weights, Spoil(), NonFinite("rollback", every=10))
+    taken = [one for step, one in enumerate(weights.seen, 1) if start < step and not 10 < step <= 14]
+    assert back == [14]
+    assert average.count == len(taken)
+    close(average, {name: sum(one[name].double() for one in taken) / len(taken) if x.is_floating_point() else taken[-1][name]
+                    for name, x in taken[0].items()})  # fmt: skip
 
 
 def test_only_one_is_validated() -> None:
