@@ -99,6 +99,7 @@ class Average(Callback):
         if not first:
             take_in(self._average, average, model, self.count, norms)
         self.count += 1
+        state.log("averaged", self.count)
         if norms:
             if batch is None:
                 raise ValueError(

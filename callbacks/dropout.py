@@ -26,7 +26,8 @@ class Dropout(Callback):
     `p`: a probability, `{epoch: p}` (from that epoch on; before the first, what the modules have), so that `{0: 0.3, 8: 0.0}`
     trains the last epochs without, or a function of the share of the run that is done (0 to 1), asked before each step.
     `modules`: rules (an expression found in a module's name, or its class or that of one around it) that choose among all
-    that drop: torch's dropout layers, attention, recurrent nets. Leaving a run puts back what they had. A compiled or
+    that drop: torch's dropout layers, attention, recurrent nets (a number that a class of your own gives to `F.dropout` is
+    out of reach: give it an `nn.Dropout`). Leaving a run puts back what they had. A compiled or
     recorded model is made anew for each value: give those a table of few. Raises ValueError for bad values, rules that
     match nothing, a model without dropout, and a function where the run's length is not known.
     (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html)

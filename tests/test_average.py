@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -240,25 +241,40 @@ def test_it_begins_anew_where_layers_do_not_fit(tmp_path: Path) -> None:
     assert average.count == 5
 
 
+class Spoil(Callback):
+    """Weights that are not finite after the 14th update, once."""
+
+    def on_step_end(self, state: State) -> None:
+        if state.step == 14 and not state.skipped:
+            with torch.no_grad():
+                state.model[0].weight.fill_(torch.nan)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("start", [0, 12])
 def test_it_goes_back_with_the_weights(start: int, form: Any) -> None:
     """The mean of those that an update started from, and of no other."""
-    average, weights, back = Average("swa", start=start), Weights(), []
-
-    class Spoil(Callback):
-        def on_step_end(self, state: State) -> None:
-            if state.step == 14 and not back:
-                back.append(len(weights.seen))
-                with torch.no_grad():
-                    state.model[0].weight.fill_(torch.nan)
-
-    run(form, average, weights, Spoil(), NonFinite("rollback", every=10))
+    average, weights = Average("swa", start=start), Weights()
+    loop = run(form, average, weights, Spoil(), NonFinite("rollback", every=10))
     taken = [one for step, one in enumerate(weights.seen, 1) if start < step and not 10 < step <= 14]
-    assert back == [14]
-    assert average.count == len(taken)
+    assert (loop.state.skipped, loop.state.metrics["averaged"]) == (1, len(taken))
     close(average, {name: sum(one[name].double() for one in taken) / len(taken) if x.is_floating_point() else taken[-1][name]
                     for name, x in taken[0].items()})  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_norm", ["average", "measure"])
+def test_killed_before_it_goes_back_it_is_the_same_average(batch_norm: str, tmp_path: Path) -> None:
+    found = []
+    for i, at in enumerate((None, 12)):
+        for kill in (at, None)[at is None :]:
+            average = Average("swa", batch_norm=batch_norm)
+            own = [average, Spoil(), NonFinite("rollback", every=10), Checkpoint(tmp_path / f"{i}", every=1), KillAt(kill)]
+            with contextlib.suppress(Killed):
+                loop = run(FORMS[i], *own[:: 1 - 2 * (kill is None and i)], resume=tmp_path / f"{i}")
+        found.append((bits(loop), dict(average.model.state_dict())))  # type: ignore[union-attr]
+    for a, b in zip(*found, strict=True):
+        assert_same_bits(a, b)
+    assert loop.state.skipped == 1
 
 
 def test_only_one_is_validated() -> None:
