@@ -19,8 +19,8 @@ class Unfreeze(Callback):
     list of them: `{0: "head", 2: "layer4", 4: "."}`. Until then it has no gradient, no decay and no optimizer state, and
     norms whose parameters are all frozen (one without any goes by its own name) are in eval mode at each step's start, so
     that their running statistics stay too: leave `model.train()` out of a step. Groups keep all parameters throughout; what is
-    still frozen when a run ends stays so. Raises ValueError for bad plans, for rules that match or decide nothing, and
-    for a plan that leaves nothing to train at first.
+    still frozen when a run ends stays so. DDP needs `find_unused_parameters=True`. Raises ValueError for bad plans, for rules
+    that match or decide nothing, and for a plan that leaves nothing to train at first.
     (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146: gradual unfreezing)
     """
 
