@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.graph import Graphs
-from ..loop.groups import Group, check_decays
+from ..loop.groups import check_decays
+from ..loop.schedulers import rates
 from ..loop.state import State
 
 SHAPES = ("linear", "cosine", "rate")
@@ -34,11 +36,11 @@ class DecaySchedule(Callback):
 
     `schedule`: "linear" or "cosine" from the factor `start` at the first update to `end` at the last; a function of
     progress, 0 to 1, that returns the factor; or "rate": the rate that the update uses over the rate that its group began
-    with (`max_lr` of OneCycleLR and CyclicLR), warmup included. torch's optimizers, AdamW too, multiply decay by the rate
-    anyway, so "rate" makes it fall with the rate's square, as AdamC does. `steps`: the length in updates, by default the
-    run's; a run continued from a checkpoint keeps its length. The decay is put back after each update, so nothing adds up,
-    and what `WeightDecay` gave stands. Beside CUDAGraph, which would record each value anew, it is refused; a compiled
-    `optimizer.step` compiles anew for each. Raises TypeError or ValueError for bad settings and where nothing decays.
+    with (`max_lr` of OneCycleLR and CyclicLR), warmup included; that of the new optimizer where one takes over. torch's
+    optimizers, AdamW too, multiply decay by the rate anyway, so "rate" makes it fall with the rate's square, as AdamC does.
+    `steps`: the length in updates, by default the run's; a run continued from a checkpoint keeps its length. The decay is put
+    back after each update, so what `WeightDecay` gave stands. Refused beside CUDAGraph, which would record each value anew; a
+    compiled `optimizer.step` compiles anew for each. Raises TypeError or ValueError for bad settings and where nothing decays.
     (Defazio 2025, https://arxiv.org/abs/2506.02285; from 0.04 up to 0.4 by cosine: Caron et al. 2021,
     https://arxiv.org/abs/2104.14294)
     """
@@ -61,32 +63,37 @@ class DecaySchedule(Callback):
         if schedule == "rate" and steps is not None:
             raise ValueError(f"'rate' follows the rate, so steps={steps} says nothing; leave it out")
         self.schedule, self.start, self.end, self.steps = schedule, start, end, steps
-        self._resolved = steps
-        self._first: dict[Tensor, Any] = {}
+        self._resolved, self._first, self._exchanged = steps, dict[Any, Any](), False
 
     def on_setup(self, state: State) -> None:
         """Keep the rates that the program gave, from before a restore."""
         check_decays(state.optimizer)
-        self._first = {p: group["lr"] for group in state.optimizer.param_groups for p in group["params"]}
+        self._first = rates(state.optimizer)
+        state.accepts, state.exchanged = [*state.accepts, self._follows], [*state.exchanged, self._anew]
+
+    def _anew(self, state: State) -> None:
+        self._first, self._exchanged = rates(state.optimizer), True
+
+    def _follows(self, optimizer: Optimizer) -> None:
+        if self.schedule == "rate" and any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
+            raise ValueError("DecaySchedule('rate') would read rates that are tensors in each update; give lr as a number, or "
+                             "take another schedule")  # fmt: skip
 
     def on_fit_start(self, state: State) -> None:
         """Learn the run's length, and refuse what can't work."""
-        groups = state.optimizer.param_groups
         if isinstance(state.runner, Graphs):
             raise ValueError("DecaySchedule changes the decay in each update, which CUDAGraph would record anew; leave one out")
-        if not any(group.get("weight_decay") for group in groups):
+        # an optimizer that took over may decay nothing, as SGD does by default
+        if not self._exchanged and not any(group.get("weight_decay") for group in state.optimizer.param_groups):
             raise ValueError("every group's weight_decay is 0, so DecaySchedule changes nothing; give the optimizer a decay, or "
                              "add WeightDecay")  # fmt: skip
-        if self.schedule == "rate":
-            if any(isinstance(group["lr"], Tensor) for group in groups):
-                raise ValueError("DecaySchedule('rate') would read rates that are tensors in each update; give lr as a number, or "
-                                 "take another schedule")  # fmt: skip
-        elif self._resolved is None:
+        self._follows(state.optimizer)
+        if self._resolved is None and self.schedule != "rate":
             if state.total_steps is None:
                 raise ValueError(f"DecaySchedule({self.schedule!r}) spans the run, whose length is not known: give steps= to fit "
                                  "or epochs, or to DecaySchedule")  # fmt: skip
             self._resolved = state.total_steps
-        elif self.steps is None and state.total_steps not in (None, self._resolved):
+        elif self._resolved and self.steps is None and state.total_steps not in (None, self._resolved):
             warnings.warn(f"DecaySchedule goes on with a length of {self._resolved} updates, and the run has {state.total_steps} "
                           "now", stacklevel=2)  # fmt: skip
 
@@ -94,19 +101,14 @@ class DecaySchedule(Callback):
         """Scale this update's decays."""
         if self.schedule == "rate":
             for group in state.optimizer.param_groups:
-                if first := self._began(group):
+                first = self._first.get(next(iter(group["params"]), None), group["lr"])
+                if first := group.get("max_lr", group.get("initial_lr", first)):
                     state.scale_decay(lambda rate, first=first: rate / first, group)  # type: ignore[misc]
             return
         if self._resolved is None:
             raise RuntimeError(f"DecaySchedule({self.schedule!r}) spans the run: run its on_fit_start first, or give steps=")
-        if callable(self.schedule):
-            state.scale_decay(self.schedule(progress(state.step, self._resolved)))
-        else:
-            state.scale_decay(decay_factor(state.step, self._resolved, self.start, self.end, self.schedule))
-
-    def _began(self, group: Group) -> Any:
-        first = next((self._first[p] for p in group["params"] if p in self._first), group["lr"])
-        return group.get("max_lr", group.get("initial_lr", first))
+        at, shape = (state.step, self._resolved), self.schedule
+        state.scale_decay(shape(progress(*at)) if callable(shape) else decay_factor(*at, self.start, self.end, shape))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the length in updates, so that a longer run continued from here keeps it."""

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from hookloop.callbacks import Checkpoint, DecaySchedule, GradientAccumulation, Schedule, Seed, TensorBoard, Warmup, WeightDecay
+from hookloop.callbacks import (
+    Checkpoint,
+    DecaySchedule,
+    GradientAccumulation,
+    Schedule,
+    Seed,
+    SwitchOptimizer,
+    TensorBoard,
+    Warmup,
+    WeightDecay,
+)
 from hookloop.callbacks.decay_schedule import decay_factor, progress
 from hookloop.loop import Callback, Loop, State
 from hookloop.loop.graph import Graphs
@@ -256,6 +266,45 @@ def test_one_cycle_is_measured_by_its_highest_rate() -> None:
     loop.fit(loss_fn, loader(80, 8), epochs=1)
     assert [row[0] for row in watch.seen] == [rate[0] / 0.02 for rate in watch.rates]
     assert max(row[0] for row in watch.seen) == pytest.approx(1.0)
+
+
+def sgd(groups: Any) -> Any:
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+def switched(shape: str, decay: float | None, resume: Any = None, save: Any = None, kill: int | None = None) -> Any:
+    model, watch = net(), Watch()
+    own = [] if decay is None else [WeightDecay(default=decay)]
+    more = [] if save is None else [Checkpoint(save, every=5, keep=1)]
+    loop = Loop(model, torch.optim.AdamW(model.parameters(), lr=1e-3),
+                [Seed(0), *own, DecaySchedule(shape), Warmup(8), SwitchOptimizer(sgd, 4), watch, KillAt(kill), *more],
+                resume=resume)  # fmt: skip
+    loop.fit(loss_fn, loader(80, 8), epochs=1)
+    return loop, watch
+
+
+def test_where_another_optimizer_takes_over_its_own_rate_is_the_measure() -> None:
+    _, watch = switched("rate", 0.3)
+    assert [row[0] for row in watch.seen] == pytest.approx([0.3 * min(1, (t + 1) / 8) for t in range(10)])
+    assert watch.rates[-1][0] == 0.1
+    model = net()
+    with pytest.raises(ValueError, match=r"DecaySchedule\('rate'\) would read rates that are tensors"):
+        Loop(model, adamw(model), [DecaySchedule("rate"), SwitchOptimizer(lambda g: torch.optim.SGD(g, lr=torch.tensor(0.1)), 4)]
+             ).fit(loss_fn, loader(80, 8), epochs=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("decay", [None, 0.3])
+@pytest.mark.parametrize("shape", ["linear", "rate"])
+def test_resumed_behind_a_switch_whether_the_new_optimizer_decays_or_not(
+    tmp_path: Any, shape: str, decay: float | None
+) -> None:
+    whole, watch = switched(shape, decay)
+    with pytest.raises(Killed):
+        switched(shape, decay, None, tmp_path, 7)
+    again, other = switched(shape, decay, tmp_path, tmp_path)
+    assert_same_bits(bits(whole), bits(again))
+    assert other.seen == watch.seen[5:]
+    again.fit(loss_fn, loader(80, 8), epochs=1)  # entered again: nothing is left to do, and nothing amiss
 
 
 def test_tensorboard_shows_what_each_update_used(tmp_path: Any) -> None:
