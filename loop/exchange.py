@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .checks import check_optimizer
 from .groups import Group, own_rates, put
+from .schedulers import rates
 from .state import State
 from .store import Named
 
@@ -41,16 +42,16 @@ def successor(state: State, build: Build, rate: float | Callable[[Group], float]
         raise ValueError(f"to gives a {kind} of {len(now)} parameters, which are not the {len(first)} that are trained now; build "
                          "it on the groups that to is given: lambda groups: SGD(groups, lr=0.1)")  # fmt: skip
     if by_group:
-        check_decay(new)
+        check_decay(old, new)
     for accept in state.accepts:
         accept(new)
     own_rates(new)
     for group in new.param_groups if rate is not None else ():
         put(group, {"lr": rate(group) if callable(rate) else rate})
-    rates = {id(p): first_rate(group) for group in old.param_groups for p in group["params"]}
-    if (top := max(rates.values())) > min(rates.values()):
+    firsts = {id(p): first_rate(group) for group in old.param_groups for p in group["params"]}
+    if (top := max(firsts.values())) > min(firsts.values()):
         for group in new.param_groups:
-            if len(mine := {rates[id(p)] for p in group["params"]}) > 1:
+            if len(mine := {firsts[id(p)] for p in group["params"]}) > 1:
                 raise ValueError(f"to joins parameters whose rates differ now ({sorted(mine)}) in one group; build the {kind} on "
                                  "the groups that to is given, so that each keeps its share")  # fmt: skip
             put(group, {"lr": group["lr"] * (mine.pop() / top)})
@@ -61,6 +62,8 @@ def exchange(state: State, new: Optimizer) -> None:
     """Train on with another optimizer, between two updates; the old one's state is let go, its other holders are told."""
     old, state.optimizer = state.optimizer, new
     old.state.clear()  # the user's variable still holds the optimizer, and would hold its memory
+    if state.layer_rates:  # those of the old one are no measure now
+        state.layer_rates |= rates(new)
     state.rates = [r.clone() if isinstance(r := group["lr"], Tensor) else r for group in new.param_groups]
     for tell in state.exchanged:
         tell(state)
@@ -92,13 +95,18 @@ def first_rate(group: Group) -> float:
     return float(rate)
 
 
-def check_decay(new: Optimizer) -> None:
+def check_decay(old: Optimizer, new: Optimizer) -> None:
     """Refuse an optimizer that would lose the decay of the groups, or its own to theirs."""
     kind = type(new).__name__
     own: Any = new.defaults.get("weight_decay")
     if own is None:
         raise ValueError(f"the groups have decays of their own, and {kind} has no weight_decay; leave them out in to=: "
                          'lambda groups: Rprop([{"params": g["params"]} for g in groups])')  # fmt: skip
+    given: dict[int, Any] = {id(p): group.get("weight_decay") for group in old.param_groups for p in group["params"]}
+    for group in new.param_groups:
+        if len(mine := {given[id(p)] for p in group["params"]}) > 1:
+            raise ValueError(f"to joins parameters whose decays differ ({sorted(mine)}) in one group, which has one decay; build "
+                             f"the {kind} on the groups that to is given, and change their decays there")  # fmt: skip
     usual = inspect.signature(type(new)).parameters.get("weight_decay")
     if usual is not None and own != usual.default and own not in decays(new.param_groups):
         raise ValueError(f"to gives weight_decay={own!r}, which no group would have, since the groups that to is given have decays "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import random
@@ -23,6 +24,7 @@ from hookloop.callbacks import (
     ClipGradients,
     EarlyStopping,
     Epochs,
+    LayerwiseRate,
     NonFinite,
     Schedule,
     Seed,
@@ -287,6 +289,35 @@ def test_ratios_of_rates_stay() -> None:
     parts = [{"params": model[0].parameters(), "lr": 0.01}, {"params": [*model.parameters()][2:], "lr": 0.04}]
     with pytest.raises(ValueError, match=r"to joins parameters whose rates differ now \(\[0.01, 0.04\]\) in one group"):
         groups_of(Adam(parts), lambda g: SGD([p for one in g for p in one["params"]], lr=0.1), model=model)
+
+
+def test_decays_that_differ_are_not_joined() -> None:
+    model = net()
+    with pytest.raises(
+        ValueError, match=r"to joins parameters whose decays differ \(\[0.0, 0.2\]\) in one group.*change their d"
+    ):
+        groups_of(
+            make_optimizer(model, "adamw", 1e-3, 0.2), lambda g: sgd([p for one in g for p in one["params"]]), model=model
+        )
+
+
+@pytest.mark.parametrize(("first", "then"), [(torch.tensor(1e-2), 0.1), (1e-2, torch.tensor(0.1))])
+def test_rates_of_layers_are_those_of_the_new_optimizer_when_resumed(first: Any, then: Any, tmp_path: Path) -> None:
+    def run(more: Any, resume: Any = None) -> Any:
+        model, rate = net(), copy.deepcopy(first)
+        switch = SwitchOptimizer(lambda groups: SGD(groups, lr=copy.deepcopy(then), momentum=0.9), 3)
+        own = [Seed(0), LayerwiseRate(0.7), switch, Schedule("linear"), *more]
+        loop = Loop(model, AdamW(model.parameters(), lr=rate), own, resume=resume)
+        built_in(loop, loss_fn, batches(), epochs=1)
+        return loop
+
+    whole = run([])
+    with pytest.raises(Killed):
+        run([Checkpoint(tmp_path, every=4, keep=1), KillAt(5)])
+    again = run([Checkpoint(tmp_path, every=9), KillAt(None)], tmp_path)
+    assert_same_bits(bits(whole), bits(again))
+    kinds = [[type(group["lr"]) for group in loop.state.optimizer.param_groups] for loop in (whole, again)]
+    assert kinds[0] == kinds[1] == [type(then)] * 2
 
 
 def test_nothing_is_read_from_the_device_in_a_step() -> None:
