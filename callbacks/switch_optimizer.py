@@ -12,6 +12,7 @@ from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.exchange import Build, exchange, successor
 from ..loop.goal import Goal, Tracker
+from ..loop.schedulers import rates
 from ..loop.state import State
 from .batch_policies import Epochs, Steps
 from .swats import ProjectedRate, sgd_rate
@@ -33,7 +34,7 @@ class SwitchOptimizer(Callback):
     take over, or be taken over. (SWATS: Keskar and Socher 2017, https://arxiv.org/abs/1712.07628)
     """
 
-    owns = ("optimizer",)
+    owns, planned = ("optimizer",), True
     optional = ("on_step_start",)
 
     def __init__(self, to: Build, at: int | Epochs | str | Goal | None = None, rate: float | str | None = None, *,
@@ -51,8 +52,9 @@ class SwitchOptimizer(Callback):
         self.to, self.at, self.rate = to, Steps(at) if isinstance(at, int) else at, rate
         self.tracker = Tracker(Goal.of(at)) if isinstance(at, str | Goal) else None
         self.projected = ProjectedRate(tolerance, every) if rate == "swats" else None
-        self.planned, self.switched, self.used = not (self.tracker or self.projected), False, 0.0  # the rate handed over
+        self.measured, self.switched, self.used = bool(self.tracker or self.projected), False, 0.0  # the rate handed over
         self._state: State | None = None
+        self._rates: dict[Any, Any] = {}  # as the program gave them
         self._first: Optimizer | None = None  # to go back to, until a restore is done
         if self.tracker is not None:
             vars(self).update(watches=(self.tracker.goal.metric,), on_validation_end=self._report)
@@ -64,7 +66,7 @@ class SwitchOptimizer(Callback):
         if getattr(state.optimizer.step, "_wrapped_by_lr_sched", False):
             raise ValueError("a scheduler was built on the optimizer that SwitchOptimizer replaces, and would not follow; give "
                              "a function instead: Schedule(lambda optimizer, total_steps: ...)")  # fmt: skip
-        self._state = state
+        self._state, self._rates = state, rates(state.optimizer)
 
     def on_fit_start(self, state: State) -> None:
         """Build the other optimizer once, to tell now what would fail later."""
@@ -73,7 +75,7 @@ class SwitchOptimizer(Callback):
         state.log("switched", int(self.switched))
 
     def _successor(self, state: State, projected: float) -> Optimizer:
-        return successor(state, self.to, sgd_rate(projected) if isinstance(self.rate, str) else self.rate)
+        return successor(state, self.to, sgd_rate(projected) if isinstance(self.rate, str) else self.rate, self._rates)
 
     def _report(self, state: State) -> None:
         if self.tracker is not None and not self.switched:
@@ -81,10 +83,9 @@ class SwitchOptimizer(Callback):
 
     def on_step_start(self, state: State) -> None:
         """Switch where it is time: between two updates, when every callback has seen the last."""
-        if self.switched or not self._due(state):
-            return
-        self._switch(state, 0.0 if self.projected is None else self.projected.end(state, first=self.at is None))
-        log.info("%s takes over after update %d, at the rates %s", type(state.optimizer).__name__, state.step, state.rates)
+        if not self.switched and self._due(state):
+            self._switch(state, 0.0 if self.projected is None else self.projected.end(state, first=self.at is None))
+            log.info("%s takes over after update %d, at the rates %s", type(state.optimizer).__name__, state.step, state.rates)
 
     def _due(self, state: State) -> bool:
         if self.tracker is not None:
@@ -94,8 +95,7 @@ class SwitchOptimizer(Callback):
         return self.projected is not None and self.projected.look(state) > 0
 
     def _switch(self, state: State, projected: float) -> None:
-        new, self._first = self._successor(state, projected), state.optimizer
-        self.switched, self.used = True, projected
+        new, self._first, self.switched, self.used = self._successor(state, projected), state.optimizer, True, projected
         exchange(state, new)
         state.log("switched", 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 Build = Callable[[list[Group]], Optimizer]
 
 
-def successor(state: State, build: Build, rate: float | Callable[[Group], float] | None = None) -> Optimizer:
+def successor(state: State, build: Build, rate: float | Callable[[Group], float] | None = None,
+              given: Mapping[Tensor, Any] = {}) -> Optimizer:  # fmt: skip
     """Return `build(groups)` for the parameters that are trained now, with a rate, or one that a function says for a group.
 
     The groups hold the decay that each was given; if all have their optimizer's own, none is handed over. The ratios of the
-    groups' rates stay. Raises TypeError or ValueError for what can't take over: other parameters, a decay that would be lost,
-    whatever a callback refuses.
+    groups' rates stay, of those `given` by the program, not of what a scheduler has made of them. Raises TypeError or
+    ValueError for what can't take over: other parameters, a decay that would be lost, whatever a callback refuses.
     """
     old = state.optimizer
     by_group = any(g.get("weight_decay") != old.defaults.get("weight_decay") for g in old.param_groups)
@@ -48,7 +49,8 @@ def successor(state: State, build: Build, rate: float | Callable[[Group], float]
     own_rates(new)
     for group in new.param_groups if rate is not None else ():
         put(group, {"lr": rate(group) if callable(rate) else rate})
-    firsts = {id(p): first_rate(group) for group in old.param_groups for p in group["params"]}
+    known = {**given, **state.layer_rates}
+    firsts = {id(p): float(known.get(p, group["lr"])) for group in old.param_groups for p in group["params"]}
     if (top := max(firsts.values())) > min(firsts.values()):
         for group in new.param_groups:
             if len(mine := {firsts[id(p)] for p in group["params"]}) > 1:
@@ -87,12 +89,6 @@ def count_step(loop: weakref.ref[Session], *about: Any) -> None:
 def held(optimizer: Optimizer) -> list[Tensor]:
     """Return the parameters of all groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def first_rate(group: Group) -> float:
-    """Return a group's rate as it was before a scheduler touched it."""
-    rate: Any = group.get("initial_lr", group["lr"])
-    return float(rate)
 
 
 def check_decay(old: Optimizer, new: Optimizer) -> None:

@@ -151,6 +151,8 @@ def test_a_switch_that_a_run_decides_is_named() -> None:
     assert found.rates is None
     assert found.decays is None
     assert found.unknown == dict.fromkeys(("rates", "decays"), "SwitchOptimizer decides by what a run measures")
+    found = preview([SwitchOptimizer(lambda g: torch.optim.SGD(g, lr=0.1), rate="swats")], loader(50, 8), epochs=1)
+    assert found.unknown == dict.fromkeys(("rates", "decays"), "SwitchOptimizer decides by what a run measures")
     assert found.table().splitlines()[2].split(" | ")[2:4] == ["?", "?"]
     assert [t.get_text() for axis in found.figure().axes[:2] for t in axis.texts] == ["not known"] * 2
 

@@ -320,6 +320,22 @@ def test_rates_of_layers_are_those_of_the_new_optimizer_when_resumed(first: Any,
     assert kinds[0] == kinds[1] == [type(then)] * 2
 
 
+def test_ratios_are_of_the_rates_that_the_program_gave_also_when_resumed(tmp_path: Path) -> None:
+    def run(more: Any, resume: Any = None) -> Any:
+        model = net()
+        parts = [{"params": model[0].parameters(), "lr": 0.01}, {"params": [*model.parameters()][2:], "lr": 0.04}]
+        floor = Schedule("plateau", on="val_loss", patience=0, threshold=9.0, min_lr=0.01)  # where both rates end
+        loop = Loop(model, Adam(parts), [Seed(0), SwitchOptimizer(sgd, 25), floor, *more], resume=resume)
+        built_in(loop, loss_fn, batches(), batches(16), epochs=4)
+        return loop
+
+    whole = run([])
+    assert whole.state.rates == [0.025, 0.1]
+    with pytest.raises(Killed):
+        run([Checkpoint(tmp_path, every=26, keep=1), KillAt(27)])
+    assert_same_bits(bits(whole), bits(run([Checkpoint(tmp_path, every=99), KillAt(None)], tmp_path)))
+
+
 def test_nothing_is_read_from_the_device_in_a_step() -> None:
     class Reads(TorchDispatchMode):
         count = 0

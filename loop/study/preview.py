@@ -100,7 +100,9 @@ def sort(given: Sequence[Callback]) -> tuple[list[Callback], dict[str, str], tup
             raise ValueError(f"{name}'s sizes {why}, and all else hangs on them; give a table of sizes in its place, or leave "
                              "it out")  # fmt: skip
         elif owned := [name for setting in callback.owns for name in OWNED.get(setting, ())]:
-            why = f"{name} decides by what a run measures" if measures else f"{name} says no planned = True"
+            why = (
+                f"{name} decides by what a run measures" if measures or callback.measured else f"{name} says no planned = True"
+            )
             unknown |= dict.fromkeys(owned, why)
         elif not isinstance(callback, SPARED) and overridden(callback) & SHAPING:
             left_out.append(name)
