@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+
 
 def gone(t: float, start: float, stop: float) -> float:
     """Return the share of the way from `start` to `stop` that lies behind t: 0 before, 1 beyond."""
@@ -77,3 +80,15 @@ class Curve:
     def __call__(self, t: int) -> float:
         """Return the factor at update t."""
         return CURVES[self.curve](t, **self.settings)
+
+
+class OneCycle(OneCycleLR):
+    """torch's, which stays at its end beyond its length, where torch's raises an error."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return each group's rate."""
+        now, self.last_epoch = self.last_epoch, min(self.last_epoch, self.total_steps - 1)
+        try:
+            return super().get_lr()
+        finally:
+            self.last_epoch = now

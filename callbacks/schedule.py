@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..loop.callback import Callback
 from ..loop.goal import Goal
 from ..loop.groups import put
-from ..loop.schedulers import check_same, rates, settings
+from ..loop.schedulers import check_length, check_same, rates, settings
 from ..loop.state import State
 from ..loop.store import reduced
 from .schedules import named
@@ -46,9 +46,9 @@ class Schedule(Callback):
         setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
         self._function: Any = named(scheduler, self.on, options) if by_name else None if built else scheduler
         self.scheduler: Any = self._checked(scheduler) if built else None
-        self._saved, self._first = dict[str, Any](), dict[Tensor, Any]()
         self._settings = settings(self.scheduler) if built else {}
-        self._length_known, self._since = True, 0  # the update that it was built before
+        self._saved, self._first, self._since = dict[str, Any](), dict[Tensor, Any](), 0  # the update that it was built before
+        self._length: int | None = 0  # that it was built for
 
     def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
         kind, mode = type(scheduler).__name__, getattr(self.on, "mode", None)
@@ -63,7 +63,7 @@ class Schedule(Callback):
         try:
             return act(*args)
         except (TypeError, ValueError) as error:
-            if self._length_known:
+            if self._length is not None:
                 raise
             raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not known: if it "
                              "needs it, give steps= to fit or epochs") from error  # fmt: skip
@@ -89,13 +89,14 @@ class Schedule(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """Build the scheduler, once, and continue where a saved one stood."""
+        left = None if state.total_steps is None else max(state.total_steps - self._since, 1)
         if self.scheduler is not None:
+            check_length(self._settings, self._length, left)
             return
-        groups, self._length_known = state.optimizer.param_groups, state.total_steps is not None
+        groups, self._length = state.optimizer.param_groups, left
         restored = [reduced({k: v for k, v in g.items() if k != "params"}) for g in groups] if self._saved else []
         for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
             put(group, {"lr": (self._first | state.layer_rates).get(group["params"][0], group["lr"])})
-        left = None if state.total_steps is None else max(state.total_steps - self._since, 1)
         self.scheduler = self._checked(self._told(self._function, state.optimizer, left), state.optimizer)
         self._settings = settings(self.scheduler)
         self.load_state_dict(self._saved)
@@ -116,5 +117,4 @@ class Schedule(Callback):
             check_same(type(self.scheduler).__name__, self._settings, state)
             self._settings = state["settings"]
             self.scheduler.load_state_dict(copy.deepcopy(state["state"]))
-            # torch warns of a step before any update, and those before the restore count
-            self.scheduler.optimizer._opt_called = True
+            self.scheduler.optimizer._opt_called = True  # torch warns of a step before any update; those restored count

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from .rate_curves import CURVES, Curve
+from .rate_curves import CURVES, Curve, OneCycle
 
 log = logging.getLogger("hookloop")
 
@@ -25,10 +25,10 @@ def one_cycle(optimizer: Optimizer, steps: int, **options: Any) -> LRScheduler:
     """
     if (share := options.get("pct_start", 0.3)) * steps == 1:  # torch divides by 0
         raise ValueError(f"one_cycle: pct_start={share} is 1 of {steps} updates, over which nothing can rise; give another")
-    return OneCycleLR(optimizer, [float(g["lr"]) for g in optimizer.param_groups], total_steps=steps, **options)
+    return OneCycle(optimizer, [float(g["lr"]) for g in optimizer.param_groups], total_steps=steps, **options)
 
 
-TORCHS = {"one_cycle": (OneCycleLR, ("optimizer", "max_lr", "total_steps", "epochs", "steps_per_epoch", "last_epoch")),
+TORCHS = {"one_cycle": (OneCycle, ("optimizer", "max_lr", "total_steps", "epochs", "steps_per_epoch", "last_epoch")),
           "plateau": (ReduceLROnPlateau, ("optimizer", "mode"))}  # fmt: skip
 
 

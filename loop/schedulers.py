@@ -76,3 +76,9 @@ def check_same(kind: str, here: dict[str, Any], saved: dict[str, Any]) -> None:
         raise ValueError(f"the checkpoint's {kind} has {', '.join(changed)}; a function can't be saved, so give the same")
     if lost:
         warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=3)
+
+
+def check_length(here: dict[str, Any], built: int | None, now: int | None) -> None:
+    """Warn where a run is entered again with another length than stands among its scheduler's settings."""
+    if built and now and now != built and built in here.values():
+        warnings.warn(f"Schedule goes on with a length of {built} updates, and the run has {now} now", stacklevel=3)

@@ -298,7 +298,7 @@ def test_a_resumed_run_keeps_the_checkpoints_settings_and_says_so() -> None:
         saved_by("linear")[0].load_state_dict(saved)
     with pytest.raises(ValueError, match=r"shape \['sqrt'\] \(not \['linear'\]\)"):
         saved_by("wsd")[0].load_state_dict(saved_by("wsd", shape="sqrt")[0].state_dict())
-    with pytest.raises(ValueError, match="holds a LambdaLR, scheduler is a OneCycleLR"):
+    with pytest.raises(ValueError, match="holds a LambdaLR, scheduler is a OneCycle;"):
         saved_by("one_cycle")[0].load_state_dict(saved)
 
 
@@ -406,3 +406,24 @@ def test_one_cycle_over_one_update_names_the_share() -> None:
     with pytest.raises(ValueError, match=r"one_cycle: pct_start=0.1 is 1 of 10 updates, over which nothing can rise"):
         drive("one_cycle", 1, pct_start=0.1, steps=10)
     assert drive("one_cycle", 1, steps=1)[0][0] > 0
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "linear", "wsd"])
+def test_beyond_its_length_a_curve_stays_at_its_end_and_a_longer_run_is_told(name: str, tmp_path: Any) -> None:
+    def run(epochs: int, resume: Any = None) -> Any:
+        model, rates = net(), Rates()
+        own = [Schedule(name), rates, Checkpoint(tmp_path)]
+        loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), own, resume=resume)
+        loop.fit(loss_fn, loader(56, 8), epochs=epochs)
+        return loop, rates
+
+    loop, rates = run(2)
+    with pytest.warns(UserWarning, match="Schedule goes on with a length of 14 updates, and the run has 21 now"):
+        loop.fit(loss_fn, loader(56, 8), epochs=3)
+    assert rates.seen[14:] == [rates.seen[13] if name == "one_cycle" else [0.0]] * 7
+    loop.fit(loss_fn, loader(56, 8), epochs=2)  # over already: its length stands
+    with pytest.warns(UserWarning, match="goes on with the checkpoint's"):
+        longer, _ = run(4, tmp_path)
+    assert longer.state.step == 28
+    momentum = longer.state.optimizer.param_groups[0]["momentum"]
+    assert momentum == pytest.approx(0.95 if name == "one_cycle" else 0.9)
