@@ -47,6 +47,10 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
         isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float) or not 0 <= weight_decay < math.inf
     ):
         raise ValueError(f"weight_decay must be a finite decay, at least 0, not {weight_decay!r}")
+    if not (lr is None or isinstance(lr, Tensor)) and (
+        isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf
+    ):
+        raise ValueError(f"lr must be a finite rate, at least 0, a tensor of one, or None for torch's own default, not {lr!r}")
     if name.lower() == "nesterov":
         if not options.setdefault("nesterov", True):
             raise ValueError("name is 'nesterov' and nesterov=False; name 'sgd' for SGD without it")

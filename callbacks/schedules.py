@@ -43,11 +43,14 @@ def is_count(x: Any, least: int) -> bool:
 
 
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "steps": (lambda x: x is None or is_count(x, 1), "a whole number of updates, or None for those of the run"),
     "after": (lambda x: is_count(x, 0) or (is_number(x, 0, 1) and 0 < x < 1), "a whole number of updates, or a share of them"),
     "decay": (lambda x: is_count(x, 1) or (is_number(x, 0, 1) and 0 < x < 1), "a whole number of updates, or a share of them"),
-    "end": (lambda x: is_number(x, 0, 1), "a share of the rate, from 0 to 1"),
-    "power": (lambda x: is_number(x, 0) and x > 0, "a number above 0"),
+    **dict.fromkeys(("patience", "cooldown"), (lambda x: is_count(x, 0), "a whole number, at least 0")),
+    **dict.fromkeys(("threshold", "eps"), (lambda x: is_number(x, 0), "a finite number, at least 0")),
+    **dict.fromkeys(("power", "div_factor", "final_div_factor"), (lambda x: is_number(x, 0) and x > 0, "a number above 0")),
+    "factor": (lambda x: is_number(x, 0, 1) and 0 < x < 1, "a number above 0 and below 1"),
+    "steps": (lambda x: x is None or is_count(x, 1), "a whole number of updates, or None for those of the run"),
+    **dict.fromkeys(("end", "pct_start"), (lambda x: is_number(x, 0, 1), "a share, from 0 to 1")),
     "cycles": (lambda x: is_count(x, 1), "a whole number, at least 1"),
     "growth": (lambda x: is_number(x, 1), "a number, at least 1"),
     "shape": (lambda x: x in ("linear", "cosine", "sqrt"), "'linear', 'cosine' or 'sqrt'"),
@@ -64,9 +67,7 @@ def named(name: Any, on: Any, options: Mapping[str, Any]) -> Callable[[Optimizer
         near = get_close_matches(name.lower().replace("-", "_"), known, 1, 0)[0]
         raise ValueError(f"no schedule is named {name!r}; the closest is {near!r}, and there are {', '.join(known)}")
     if (on in ("step", "epoch")) if name == "plateau" else on != "step":
-        needs = (
-            "goes by updates; leave on= out" if name != "plateau" else "follows a metric: Schedule('plateau', on='val_loss')"
-        )
+        needs = "follows a metric: on='val_loss'" if name == "plateau" else "goes by updates; leave on= out"
         raise ValueError(f"on={on!r} doesn't fit {name!r}, which {needs}")
     kind, given = TORCHS.get(name, (None, ("t",)))
     there = [p for p in inspect.signature(kind or CURVES[name]).parameters if p not in given]
@@ -74,7 +75,7 @@ def named(name: Any, on: Any, options: Mapping[str, Any]) -> Callable[[Optimizer
     for option, value in options.items():
         if option not in there:
             raise ValueError(f"{name!r} has no option {option!r}; it has {', '.join(there)}")
-        if (kind is None or option == "steps") and not ALLOWED[option][0](value):
+        if option in ALLOWED and not ALLOWED[option][0](value):
             raise ValueError(f"{option} must be {ALLOWED[option][1]}, not {value!r}")
     if name == "inverse_sqrt" and not (options.get("after") or options.get("timescale")):
         raise ValueError("inverse_sqrt needs after=, the updates of the warmup beside it, or timescale=, in updates")

@@ -128,7 +128,8 @@ def test_on_a_gpu_it_is_fused_where_it_can_be(name: str) -> None:
         (("sgd",), {"params": []}, TypeError, "SGD has no option 'params'"),
         (("adamw", 0.1, -1), {}, ValueError, "weight_decay must be a finite decay, at least 0, not -1"),
         (("adamw", 0.1, True), {}, ValueError, "weight_decay must be a finite decay, at least 0, not True"),
-        (("adamw", -0.1), {}, ValueError, "Invalid learning rate"),
+        (("adamw", -0.1), {}, ValueError, "lr must be a finite rate, at least 0, a tensor of one, or None for .* not -0.1"),
+        *[(("adamw", lr), {}, ValueError, f"lr must be .* not {lr!r}") for lr in ("0.1", True, float("inf"), float("nan"))],
         (("nesterov",), {"nesterov": False}, ValueError, "name is 'nesterov' and nesterov=False; name 'sgd'"),
     ],
 )

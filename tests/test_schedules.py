@@ -367,7 +367,7 @@ def test_tensorboard_shows_the_rates(tmp_path: Any) -> None:
         ("wsd", {"after": 3}, "'wsd' has no option 'after'; it has steps, decay, end, shape$"),
         ("one_cycle", {"max_lr": 1.0}, "'one_cycle' has no option 'max_lr'; it has pct_start, .*, three_phase, steps$"),
         ("plateau", {"on": "val_loss", "mode": "max"}, "'plateau' has no option 'mode'; it has factor, patience"),
-        ("cosine", {"end": 1.5}, "end must be a share of the rate, from 0 to 1, not 1.5"),
+        ("cosine", {"end": 1.5}, "end must be a share, from 0 to 1, not 1.5"),
         ("cosine", {"end": math.nan}, "end must be .* not nan"),
         ("linear", {"end": "0.1"}, "end must be .* not '0.1'"),
         ("linear", {"end": True}, "end must be .* not True"),
@@ -382,9 +382,16 @@ def test_tensorboard_shows_the_rates(tmp_path: Any) -> None:
         ("one_cycle", {"steps": 1.5}, "steps must be .* not 1.5"),
         ("inverse_sqrt", {}, "inverse_sqrt needs after=, the updates of the warmup beside it, or timescale="),
         ("inverse_sqrt", {"timescale": -1}, "timescale must be a number of updates above 0, or None for after, not -1"),
-        ("one_cycle", {"pct_start": 3.0}, r"Schedule\('one_cycle'\): Expected float between 0 and 1 pct_start"),
-        ("plateau", {"on": "val_loss", "factor": 2.0}, r"Schedule\('plateau'\): Factor should be < 1.0"),
-        ("plateau", {}, r"on='step' doesn't fit 'plateau', which follows a metric: Schedule\('plateau', on='val_loss'\)"),
+        ("one_cycle", {"pct_start": 3.0}, "pct_start must be a share, from 0 to 1, not 3.0"),
+        ("one_cycle", {"div_factor": 0}, "div_factor must be a number above 0, not 0"),
+        ("one_cycle", {"pct_start": "0.3"}, "pct_start must be .* not '0.3'"),
+        ("plateau", {"on": "val_loss", "factor": 2.0}, "factor must be a number above 0 and below 1, not 2.0"),
+        ("plateau", {"on": "val_loss", "factor": math.nan}, "factor must be .* not nan"),
+        ("plateau", {"on": "val_loss", "patience": "5"}, "patience must be a whole number, at least 0, not '5'"),
+        ("plateau", {"on": "val_loss", "cooldown": -1}, "cooldown must be .* not -1"),
+        ("plateau", {"on": "val_loss", "threshold": math.nan}, "threshold must be a finite number, at least 0, not nan"),
+        ("plateau", {"on": "val_loss", "eps": "0"}, "eps must be .* not '0'"),
+        ("plateau", {}, "on='step' doesn't fit 'plateau', which follows a metric: on='val_loss'$"),
         ("cosine", {"on": "epoch"}, "on='epoch' doesn't fit 'cosine', which goes by updates; leave on= out"),
         ("cosine", {"on": "val_loss"}, "on=Goal.* doesn't fit 'cosine'"),
         (lambda o, n: lrs.StepLR(o, 1), {"end": 0.1}, "Schedule takes end beside a name only"),
@@ -399,7 +406,7 @@ def test_every_option_of_a_curve_is_checked() -> None:
     import inspect
 
     options = {p for curve in CURVES.values() for p in inspect.signature(curve).parameters} - {"t"}
-    assert options == ALLOWED.keys()
+    assert options <= ALLOWED.keys()
 
 
 def test_one_cycle_over_one_update_names_the_share() -> None:
