@@ -27,7 +27,8 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
     "rmsprop", "adagrad", "adadelta". `lr`, `weight_decay`: None is torch's own default of that optimizer. Biases, norms of
     every kind and parameters with ndim <= 1 do not decay (`WeightDecay`'s rule), so there are at most two groups. `options`
     go to the optimizer; it is fused where all parameters lie on a GPU and it can be, unless they say `fused` or `foreach`
-    (not on the CPU: there the fused form rounds otherwise). Frozen parameters are left out. Raises TypeError or ValueError,
+    (not on the CPU, where the fused form rounds otherwise, nor SGD with momentum, which then takes no layer that is unfrozen
+    later). Frozen parameters are left out. Raises TypeError or ValueError,
     with the names there are, for another name or option, and for a model with nothing to train.
     """
     if not isinstance(model, nn.Module):
@@ -63,8 +64,9 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
     groups = regroup([{"params": parameters, "weight_decay": decay}], {"weight_decay": decide(model, {}, decay, exempt=True)})
     if lr is not None:
         options["lr"] = lr
-    implementation = not options.keys().isdisjoint(("fused", "foreach", "differentiable"))
-    if "fused" in known and not implementation and all(p.is_cuda and p.is_floating_point() for p in parameters):
+    # torch's fused momentum fails where a parameter has its first gradient after others, as a layer unfrozen later
+    chosen = options.get("momentum") or not options.keys().isdisjoint(("fused", "foreach", "differentiable"))
+    if "fused" in known and not chosen and all(p.is_cuda and p.is_floating_point() for p in parameters):
         options["fused"] = True
     options["weight_decay"] = decay
     return kind(groups, **options)

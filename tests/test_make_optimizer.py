@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import FORMS, Samples, assert_same_bits, bits, loader, loss_fn, net
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hookloop.callbacks import Seed, WeightDecay, make_optimizer
 from hookloop.callbacks.make_optimizer import OPTIMIZERS
@@ -110,13 +111,21 @@ def test_on_the_cpu_it_is_not_fused_unless_asked() -> None:
 def test_on_a_gpu_it_is_fused_where_it_can_be(name: str) -> None:
     model = net(noise=False).cuda()
     optimizer = make_optimizer(model, name, lr=0.01)
-    can = "fused" in inspect.signature(OPTIMIZERS[name]).parameters
+    can = "fused" in inspect.signature(OPTIMIZERS[name]).parameters and name != "nesterov"
     assert bool(optimizer.param_groups[0].get("fused")) == can
     assert not make_optimizer(model, name, foreach=True).param_groups[0].get("fused")
     model(torch.randn(4, 6, device="cuda")).sum().backward()
     optimizer.step()
     half = nn.ModuleList([nn.Linear(2, 2).cuda(), nn.Linear(2, 2)])
     assert not make_optimizer(half, name).param_groups[0].get("fused")
+
+
+def test_on_a_gpu_momentum_is_not_fused_which_fails_for_a_layer_that_joins_later() -> None:
+    with FakeTensorMode():
+        model = nn.ParameterList([nn.Parameter(torch.empty(2, 2, device="cuda"))])
+        made = [make_optimizer(model, "adamw"), make_optimizer(model, "sgd"), make_optimizer(model, "sgd", momentum=0.9)]
+        made += [make_optimizer(model, "nesterov"), make_optimizer(model, "nesterov", fused=True)]
+    assert [bool(o.param_groups[0]["fused"]) for o in made] == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize(
