@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..loop import rng
 from ..loop.callback import Callback
-from ..loop.depth import bare
-from ..loop.rules import Rule, matches, rule_list, select
+from ..loop.rules import Rule, matches, named, rule_list, select
 from ..loop.state import State
 
 How = str | Callable[[Tensor], Any]
@@ -63,7 +62,7 @@ class Initialize(Callback):
         if state.world > 1 and state.seed is None:
             raise ValueError("Initialize would draw other weights on each rank; add Seed(0) to callbacks")
         select("rules", self.rules, state.model, set(state.model.parameters()))
-        drawn = decide(bare(state.model), self.rules, self.bias)
+        drawn = decide(state.model, self.rules, self.bias)
         for name, p, fill in drawn:
             streams = (
                 contextlib.nullcontext() if state.seed is None else rng.isolated(state.device, rng.derive(state.seed, name))
@@ -92,9 +91,9 @@ class Initialize(Callback):
 
 def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple[str, Tensor, Any]]:
     """Return name, parameter and function, once for each parameter that a rule decides."""
-    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[Tensor, tuple[str, Tensor, Any]]()
+    (modules, parameters), found = named(model), dict[Tensor, tuple[str, Tensor, Any]]()
     idle = set(rules)
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in parameters.items():
         path, _, own = name.rpartition(".")
         for rule, fill in rules.items():
             if isinstance(rule, str):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .depth import bare
+from .store.named import cleaner
 
 Rule = str | type[nn.Module]
 T = TypeVar("T")
@@ -54,11 +54,17 @@ def matches(rule: Rule, name: str, modules: Mapping[str, nn.Module]) -> bool:
     return any(isinstance(modules.get(place), rule) for place in places)
 
 
+def named(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """Return modules and parameters by all their names, as the bare model has them: compiled or not, rules match the same."""
+    clean = cleaner(model)
+    modules = {clean(f"{name}.")[:-1]: module for name, module in model.named_modules(remove_duplicate=False)}
+    return modules, {clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def select(argument: str, rules: Iterable[Rule], model: nn.Module, among: Container[Any]) -> set[Any]:
     """Return which modules or parameters in `among` the rules match; raises ValueError for one that matches none."""
-    model = bare(model)  # a name is the same whether compiled or not
-    modules = dict(model.named_modules(remove_duplicate=False))
-    held: dict[str, Any] = {**modules, **dict(model.named_parameters(remove_duplicate=False))}
+    modules, parameters = named(model)
+    held: dict[str, Any] = {**modules, **parameters}
     pool, found = {name: x for name, x in held.items() if x in among}, set[Any]()
     for rule in rules:
         hits = {x for name, x in pool.items() if matches(rule, name, modules)}
@@ -76,9 +82,7 @@ def by_rules(model: nn.Module, rules: Mapping[Rule, T],
 
     `idle(value, parameters)` says why a rule that decides for these would change nothing, or returns an empty text.
     """
-    model = bare(model)
-    modules, found = dict(model.named_modules(remove_duplicate=False)), dict[Tensor, T]()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    (modules, parameters), found = named(model), dict[Tensor, T]()
     for rule, value in rules.items():
         hits = {p: n for n, p in parameters.items() if matches(rule, n, modules)}
         mine, problem = {p: n for p, n in hits.items() if p not in found}, ""

@@ -13,15 +13,19 @@ from torch._dynamo.testing import CompileCounter
 from hookloop.callbacks import (
     Checkpoint,
     ClipGradients,
+    Dropout,
     EarlyStopping,
     Fingerprint,
     GradientAccumulation,
+    Initialize,
+    LayerwiseRate,
     MicroBatch,
     NonFinite,
     Progress,
     Schedule,
     Seed,
     TensorBoard,
+    Unfreeze,
     Warmup,
     WeightDecay,
 )
@@ -78,3 +82,21 @@ def test_a_compiled_update_with_a_tensor_for_a_rate_compiles_once(kind: str, tmp
     assert state.step == 16
     for name, x in found[0].items():
         assert torch.allclose(x, found[1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("wrap", ["whole", "a layer"])
+def test_rules_go_by_the_names_of_the_bare_model(wrap: str) -> None:
+    def run(compiled: bool) -> Any:
+        seed, model = Seed(0), net()
+        inner: Any = model
+        if compiled and wrap == "whole":
+            model = torch.compile(model, backend="eager")
+        elif compiled:
+            inner[0] = torch.compile(inner[0], backend="eager")
+        own = [Initialize({r"^0\.weight$": "xavier_uniform"}), WeightDecay({r"^0\.weight$": 0.3}, exempt=False),
+               LayerwiseRate(rules={"^4": 0.5}), Unfreeze({0: "^4", 1: "^0.[wb]"}), Dropout(0.1, modules=["^2$"])]  # fmt: skip
+        loop = Loop(model, adamw(model), [seed, *own])
+        loop.fit(loss_fn, loader(), epochs=2)
+        return [*inner.state_dict().values()]
+
+    assert all(map(torch.equal, run(True), run(False)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -28,17 +28,29 @@ def shape(x: Any) -> Any:
     return tuple(x.shape) if isinstance(x, Tensor) and not hasattr(x, "materialize") else None
 
 
+def cleaner(model: nn.Module) -> Callable[[str], str]:
+    """Return what gives a name of the wrapped model as the bare model has it."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # without it nothing is compiled, and it is slow to import
+    wrappers = {DataParallel: "module.", DistributedDataParallel: "module.",
+                getattr(dynamo, "OptimizedModule", None): "_orig_mod."}  # fmt: skip
+    found = [(f"{path}." if path else "", part) for path, m in model.named_modules()
+             for kind, part in wrappers.items() if kind is not None and isinstance(m, kind)]  # fmt: skip
+    wrapped = sorted(found, key=lambda one: len(one[0]), reverse=True)
+
+    def clean(name: str) -> str:
+        for path, part in wrapped:  # the innermost first, while the names of those around it still stand
+            if name.startswith(path + part):
+                name = path + name[len(path + part) :]
+        return name
+
+    return clean
+
+
 class Named:
     """A model and its optimizer, seen by names without what wrappers add (DDP's `module.`, compile's `_orig_mod.`)."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-        dynamo = sys.modules.get("torch._dynamo.eval_frame")  # without it nothing is compiled, and it is slow to import
-        wrappers = {DataParallel: "module.", DistributedDataParallel: "module.",
-                    getattr(dynamo, "OptimizedModule", None): "_orig_mod."}  # fmt: skip
-        found = [(f"{path}." if path else "", part) for path, m in model.named_modules()
-                 for kind, part in wrappers.items() if kind is not None and isinstance(m, kind)]  # fmt: skip
-        self._wrapped = sorted(found, key=lambda one: len(one[0]), reverse=True)
+        self.model, self.optimizer, self.clean = model, optimizer, cleaner(model)
         # The smallest name of a tied tensor, whichever was registered first; a tensor that the model does not hold goes by
         # the name that the optimizer was given, or else by its place.
         aliases = {self.clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
@@ -52,13 +64,6 @@ class Named:
         self.outside = {name: p for name, p in self.tensors.items() if name not in inside}
         package = type(optimizer).__module__.partition(".")[0]
         self.kind = type(optimizer).__qualname__ if package == "torch" else f"{package}.{type(optimizer).__qualname__}"
-
-    def clean(self, name: str) -> str:
-        """Return a name of the wrapped model as the bare model has it."""
-        for path, part in self._wrapped:  # the innermost first, while the names of those around it still stand
-            if name.startswith(path + part):
-                name = path + name[len(path + part) :]
-        return name
 
     def model_state(self) -> dict[str, Any]:
         """Return the model's state dict under clean names."""
