@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..loop.callback import Callback
 from ..loop.goal import Goal
 from ..loop.groups import put
-from ..loop.schedulers import check_length, check_same, rates, settings
+from ..loop.schedulers import check_follows, check_length, check_same, rates, settings
 from ..loop.state import State
 from ..loop.store import reduced
 from .schedules import named
@@ -75,11 +75,8 @@ class Schedule(Callback):
         """Keep the rates from before a restore, to build the scheduler on."""
         _ = self.scheduler is None or self._checked(self.scheduler, state.optimizer)
         self._first = rates(state.optimizer)
-        state.accepts, state.exchanged = [*state.accepts, self._follows], [*state.exchanged, self._anew]
-
-    def _follows(self, optimizer: Optimizer) -> None:
-        if self._function is None:
-            raise ValueError("a scheduler can't follow to another optimizer: Schedule(lambda optimizer, total_steps: ...) can")
+        state.accepts = [*state.accepts, lambda new: check_follows(self._function, new, state)]
+        state.exchanged = [*state.exchanged, self._anew]
 
     def _anew(self, state: State) -> None:
         self._first, self._since, self._saved = rates(state.optimizer), state.step, {}

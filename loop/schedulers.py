@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .checks import say
 from .store import reduced
+
+if TYPE_CHECKING:
+    from .state import State
 
 POINTS = (0, 1, 10, 100, 1000)
 UNSAVED = (FunctionType, MethodType, BuiltinFunctionType, partial)  # torch leaves them out, or saves them empty
@@ -82,3 +87,19 @@ def check_length(here: dict[str, Any], built: int | None, now: int | None) -> No
     """Warn where a run is entered again with another length than stands among its scheduler's settings."""
     if built and now and now != built and built in here.values():
         warnings.warn(f"Schedule goes on with a length of {built} updates, and the run has {now} now", stacklevel=3)
+
+
+def check_follows(build: Callable[[Optimizer, int | None], Any] | None, new: Optimizer, state: State) -> None:
+    """Refuse what can't schedule another optimizer, told by building it on a copy of that."""
+    if build is None:
+        raise ValueError("a scheduler can't follow to another optimizer: Schedule(lambda optimizer, total_steps: ...) can")
+    if state.total_steps is None:
+        return
+    tried: Optimizer = object.__new__(type(new))
+    vars(tried).update(vars(new))
+    tried.param_groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in g.items()} for g in new.param_groups]
+    try:
+        build(tried, max(state.total_steps - state.step, 1))
+    except Exception as error:
+        say(error, f"in building the scheduler for {type(new).__name__}, which is to take over")
+        raise

@@ -485,6 +485,16 @@ def test_what_cannot_take_over_is_said_at_the_start(to: Any, options: Any, error
     assert loop.state.step == 0
 
 
+def test_a_schedule_that_the_new_optimizer_cannot_have_is_said_at_the_start() -> None:
+    model = net()
+    adagrad = SwitchOptimizer(lambda groups: torch.optim.Adagrad(groups), 3)
+    loop = Loop(model, Adam(model.parameters()), [adagrad, Schedule("one_cycle")])
+    with pytest.raises(ValueError, match="must support momentum or beta1") as found:
+        built_in(loop, loss_fn, batches(), epochs=1)
+    assert loop.state.step == 0
+    assert "in building the scheduler for Adagrad, which is to take over" in found.value.__notes__
+
+
 def test_the_first_optimizer_again_is_refused() -> None:
     model = net()
     first = Adam(model.parameters())
