@@ -112,8 +112,8 @@ def resolved(name: str, options: Mapping[str, Any], total_steps: int | None) -> 
         steps = length(name, options, total_steps)
         found |= {k: math.ceil(found[k] * steps) for k in shares}  # as Warmup counts its share
         found |= {"steps": steps} if name != "inverse_sqrt" else {}
-        if found.get("after", 0) >= steps:
-            log.warning("Schedule(%r, after=%d): the run has %d updates, so rates stay flat", name, found["after"], steps)
+        if found.get("after", 0) + (found["cycles"] if found.get("growth") == 1 else 0) >= steps:
+            log.warning("Schedule(%r) with %s: the run has %d updates, so rates stay flat", name, found, steps)
         if found.get("decay", 0) > steps:
             log.warning("Schedule(%r, decay=%d): the run has %d updates, and all of them decay", name, found["decay"], steps)
             found["decay"] = steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -341,8 +342,17 @@ def test_settings_that_leave_nothing_are_said(caplog: pytest.LogCaptureFixture) 
         assert drive("cosine", 3, after=14) == [[0.1]] * 3
         assert drive("wsd", 3, decay=20) == drive("linear", 3)
         drive("cosine", 3, after=13)
-    assert caplog.messages == ["Schedule('cosine', after=14): the run has 14 updates, so rates stay flat",
-                               "Schedule('wsd', decay=20): the run has 14 updates, and all of them decay"]  # fmt: skip
+        assert drive("cosine_restarts", 14, cycles=12, after=2) == [[0.1]] * 14  # each over before it falls
+        for options in ({"cycles": 11, "after": 2}, {"cycles": 12, "after": 2, "growth": 2}):
+            assert min(drive("cosine_restarts", 14, **options))[0] < 0.1
+    cosine, wsd, restarts = caplog.messages
+    assert (
+        cosine == "Schedule('cosine') with {'after': 14, 'end': 0.0, 'steps': 14}: the run has 14 updates, so rates stay flat"
+    )
+    assert wsd == "Schedule('wsd', decay=20): the run has 14 updates, and all of them decay"
+    assert re.match(
+        r"Schedule\('cosine_restarts'\) with .*'cycles': 12.*: the run has 14 updates, so rates stay flat", restarts
+    )
 
 
 def test_tensorboard_shows_the_rates(tmp_path: Any) -> None:
