@@ -135,7 +135,7 @@ def test_statistics_of_the_average_are_measured(form: Any) -> None:
 
 
 @pytest.mark.parametrize("batch_norm", ["average", "measure"])
-@pytest.mark.parametrize("kill", [1, 4, 11, 19])
+@pytest.mark.parametrize("kill", [1, pytest.param(4, marks=pytest.mark.slow), 11])
 def test_killed_and_resumed_it_is_the_same_average(kill: int, batch_norm: str, tmp_path: Path) -> None:
     def go(folder: Path, at: int | None) -> tuple[Loop, Average]:
         average = Average("swa", start=0.2, every=2, batch_norm=batch_norm)

@@ -201,7 +201,7 @@ class Kill(Callback):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_in_the_middle(form: Any, policy: str, accumulate: int, tmp_path: Path) -> None:
     """By the law Restart: the same sizes and the same bits, wherever the run was cut off; and saving changes nothing."""
 

@@ -241,7 +241,7 @@ def test_killed_at_each_update_and_resumed_it_has_the_same_curves(form: Any, tmp
         return bits(loop), diagnose.state_dict(), loop.state.metrics
 
     whole = one(tmp_path / "whole", None)
-    for at in range(1, 15, 1 if form is FORMS[0] else 4):
+    for at in range(1, 15, 3 if form is FORMS[0] else 6):
         folder = tmp_path / str(at)
         with pytest.raises(Killed):
             one(folder, at)

@@ -540,7 +540,7 @@ def simple(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize(("form", "iterator"), [(FORMS[0], False), (FORMS[1], True)])
+@pytest.mark.parametrize(("form", "iterator"), [(FORMS[0], True), pytest.param(FORMS[1], False, marks=pytest.mark.slow)])
 def test_dl20_data_without_end(form: Any, iterator: bool) -> None:
     """Stops at the steps, reads no batch more than one ahead, and holds as much at the end as at the start."""
     endless = Endless()
