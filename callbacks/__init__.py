@@ -22,6 +22,7 @@ from .noise_scale import NoiseScale
 from .non_finite import NonFinite
 from .preemption import Preemption
 from .progress import Progress
+from .prune import Prune
 from .schedule import Schedule
 from .seed import Seed
 from .switch_optimizer import SwitchOptimizer
@@ -54,6 +55,7 @@ __all__ = [
     "Policy",
     "Preemption",
     "Progress",
+    "Prune",
     "Schedule",
     "Seed",
     "Steps",

@@ -1,0 +1,93 @@
+"""Hyper-parameter search over whole trainings: every trial is recorded, and what it tells is told apart from chance."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..checks import among, whole
+from ..goal import Goal
+from .repeat import stats
+from .searched import Searched, gathered
+from .space import Space
+from .storage import Trials, engine
+from .worker import Job, Train, folder_of, pruner, spread, study_of, work
+
+
+def search(train: Train, space: Mapping[str, Any], method: str = "random", trials: int | None = None, metric: str = "val_loss",
+           mode: str = "min", storage: str | os.PathLike[str] | None = None, seeds: int = 1, jobs: int = 1, prune: Any = True, *,
+           seed: int = 0, name: str = "search", interval: float = 30.0, tries: int = 5) -> Searched:  # fmt: skip
+    """Train with settings drawn from a space, each over `seeds` seeds, record all of it, and say what beats what beyond chance.
+
+    `train(settings, callbacks)` builds a model, trains it in a Loop with its own callbacks and these (Seed, TensorBoard, what
+    keeps scores and prunes), and returns the state, a mapping of metrics, or the number itself. `space`: name -> a list,
+    `uniform`, `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every point once; `trials` is not
+    given), "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of Optuna's, or False. `storage`: a
+    folder, made if it is missing, that holds trials, runs and tables, or a database's URL; any number of processes may search
+    in one at once, and one that is started again goes on: a trial whose process is gone (told by its number on the same
+    machine, elsewhere by two `interval` seconds without a sign) is run again under its number, up to `tries` times. `seed`
+    says every draw: the same trials come out, in any number of processes. A trial that raises, runs out of memory or ends not
+    finite is recorded, and the search goes on. `jobs` processes run here, each with its share of the cores; what is started
+    as `__main__` needs the usual guard then. Raises TypeError or ValueError for bad settings and for a storage that holds
+    another search, KeyError for a metric that never comes, RuntimeError where every trial failed.
+    (Bergstra and Bengio 2012; TPE: Bergstra et al. 2011; the engine: Akiba et al. 2019, https://arxiv.org/abs/1907.10902)
+    """
+    engine()
+    checked, goal = Space(space), Goal(metric, mode)
+    among("method", method, ("grid", "random", "tpe"))
+    for argument, number in (("seeds", seeds), ("jobs", jobs), ("tries", tries)):
+        whole(argument, number, 1, none=False)
+    points = list(checked.points()) if method == "grid" else None
+    if points is not None and trials not in (None, len(points)):
+        raise ValueError(f"a grid says its trials itself, {len(points)} here: leave trials={trials!r} out")
+    if points is None:
+        whole("trials", trials, 1, none=False)
+    if jobs > (cores := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1):
+        raise ValueError(f"jobs={jobs} is more than the {cores} cores that there are")
+    if jobs > 1 and storage is None:
+        raise ValueError(f"jobs={jobs} share their trials through a storage: give storage=, a folder")
+    if not callable(train):
+        raise TypeError(f"train must be a function of settings and callbacks, not {train!r:.60}")
+    try:
+        inspect.signature(train).bind({}, [])
+    except TypeError as error:
+        raise TypeError(f"train must take two arguments, settings and callbacks: {error}") from None
+    except ValueError:  # a function in C tells nothing
+        pass
+    whole("seed", seed, 0, none=False)
+    if isinstance(interval, bool) or not isinstance(interval, int | float) or not 0 < interval < math.inf:
+        raise ValueError(f"interval must be a finite number of seconds above 0, not {interval!r}")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a string that is not empty, not {name!r}")
+    if seeds > 1:
+        stats()
+    total = trials if points is None else len(points)
+    job = Job(train, space, method, total or 0, goal, storage, name, tuple(range(seed, seed + seeds)), prune, seed, float(interval),
+              tries)  # fmt: skip
+    pruner(prune)
+    study = study_of(job)
+    own = Trials(study, job.total, job.interval, job.tries)
+    own.add(None if points is None else iter(points))
+    if jobs == 1:
+        work(job, study)
+    else:
+        spread(job, jobs, cores)
+    found = gathered(study, own.all(), metric, mode)
+    if (folder := folder_of(storage)) is not None:
+        found.write(folder)
+    if found.trials and all(row.state == "fail" for row in found.trials):
+        raise RuntimeError(f"every trial failed, the first with {found.trials[0].error}")
+    return found
+
+
+def grid_search(train: Train, space: Mapping[str, Any], **options: Any) -> Searched:
+    """Train once with each point of a space of lists; the rest is as in `search`."""
+    return search(train, space, "grid", **options)
+
+
+def random_search(train: Train, space: Mapping[str, Any], trials: int, **options: Any) -> Searched:
+    """Train with `trials` settings drawn at random, which finds more than a grid where few settings matter; see `search`."""
+    return search(train, space, "random", trials, **options)
