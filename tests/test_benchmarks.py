@@ -157,8 +157,8 @@ def test_a_failure_is_reported_behind_the_table(bench: Any, monkeypatch: pytest.
 def test_every_callback_is_measured(bench: Any) -> None:
     public = {name: getattr(hookloop.callbacks, name) for name in hookloop.callbacks.__all__}
     kinds = {name for name, kind in public.items() if isinstance(kind, type) and issubclass(kind, Callback)}
-    model_alone = {"Dropout", "Initialize", "Unfreeze"}  # these change the model, not the step
-    assert {*bench.ours.CALLBACKS, *bench.ours.ALONE, "CUDAGraph", "HardExamples"} == kinds - model_alone  # it wants positions
+    apart = {"Dropout", "Initialize", "Unfreeze", "Prune"}  # these change the model, or act at reports, not in the step
+    assert {*bench.ours.CALLBACKS, *bench.ours.ALONE, "CUDAGraph", "HardExamples"} == kinds - apart  # it wants positions
 
 
 def test_the_same_duties_train_the_same_weights(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

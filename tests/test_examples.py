@@ -98,6 +98,22 @@ def test_fine_tuning_is_better_than_from_scratch(tmp_path: Path) -> None:
     assert "rate/group3" not in tags(tmp_path / "from scratch-0")
 
 
+@pytest.mark.slow
+def test_a_search_beats_digits_own_settings_or_says_that_chance_may_have_done_it(tmp_path: Path) -> None:
+    out, err = start("search.py", tmp_path, "--jobs", "2").communicate(timeout=175)
+    assert "complete" in out, err
+    lines = [line for line in out.splitlines() if line.startswith("| ") and ("digits.py:" in line or "found:" in line)]
+    assert len(lines) == 2
+    best, other = (line.split(" | ") for line in lines)
+    beaten = "found:" in best[1] and float(other[4]) < 0.05
+    assert beaten or "may be chance" in lines[1]
+    for name in ("coarse", "fine", "test"):
+        assert (tmp_path / name / "results.json").exists()
+    assert {"trial-00000", "trial-00011"} <= {path.name for path in (tmp_path / "coarse").iterdir()}
+    again, err = start("search.py", tmp_path, "--jobs", "2").communicate(timeout=60)
+    assert again == out, err
+
+
 def test_two_loops_in_one_body(tmp_path: Path) -> None:
     """A small GAN: two optimizers, two Loops, each with callbacks of its own; it learns the mean of what it sees."""
     seed = Seed(0)

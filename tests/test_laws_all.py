@@ -37,6 +37,7 @@ from hookloop.callbacks import (
     NonFinite,
     Preemption,
     Progress,
+    Prune,
     Schedule,
     Seed,
     SwitchOptimizer,
@@ -61,10 +62,20 @@ def shaping() -> list[Callback]:
     ]  # fmt: skip
 
 
+class Patient:
+    """A trial of a search that is never hopeless."""
+
+    def report(self, value: float, step: int) -> None:
+        """Take it."""
+
+    def should_prune(self) -> bool:
+        return False
+
+
 def watching(folder: Path) -> list[Callback]:
     return [TensorBoard(folder, every=2, grad_norm=True), Progress(every=0.001), Checkpoint(folder, every=3, keep=None),
             Metrics({"acc": MulticlassAccuracy(3)}, training=True), NonFinite("rollback", every=4),
-            Fingerprint(5), Diagnose(), HardExamples(4, every=3, folder=folder)]  # fmt: skip
+            Fingerprint(5), Diagnose(), HardExamples(4, every=3, folder=folder), Prune(Patient())]  # fmt: skip
 
 
 def with_losses(model: Any, batch: Any) -> Any:
