@@ -23,7 +23,7 @@ from hookloop.callbacks import Checkpoint, TensorBoard
 from hookloop.callbacks.prune import MetricMissing
 from hookloop.loop import Loop
 from hookloop.loop.study import grid_search, integers, log_uniform, random_search, refine, search, uniform, when
-from hookloop.loop.study.searched import holm
+from hookloop.loop.study.searched import Row, Searched, holm
 from hookloop.loop.study.storage import Trials
 
 optuna = pytest.importorskip("optuna")
@@ -304,8 +304,20 @@ def test_what_chance_could_have_done_is_marked() -> None:
 
 def test_holms_correction() -> None:
     """Holm 1979; the example of the R manual's p.adjust: 0.01, 0.02, 0.03, 0.04 give 0.04, 0.06, 0.06, 0.06."""
-    assert holm({1: 0.03, 2: 0.01, 3: 0.04, 4: 0.02}) == pytest.approx({2: 0.04, 4: 0.06, 1: 0.06, 3: 0.06})
-    assert holm({}) == {}
+    assert holm({1: 0.03, 2: 0.01, 3: 0.04, 4: 0.02}, 4) == pytest.approx({2: 0.04, 4: 0.06, 1: 0.06, 3: 0.06})
+    assert holm({1: 0.01, 2: 0.03}, 6) == pytest.approx({1: 0.06, 2: 0.15})
+    assert holm({}, 0) == {}
+
+
+def test_where_all_settings_are_alike_one_search_in_twenty_at_most_says_otherwise() -> None:
+    """The best of twelve is the luckiest: against it the unlucky look worse than against any one that was named beforehand."""
+    luck = random.Random(1)
+
+    def row(number: int) -> Row:
+        return Row(number, "complete", {}, tuple(range(10)), tuple(luck.gauss(0, 1) for _ in range(10)), {}, 1.0, None, "", {})
+
+    searches = [Searched("val_loss", "min", tuple(map(row, range(12))), None) for _ in range(100)]
+    assert sum(min(found.chances().values()) < 0.05 for found in searches) <= 5
 
 
 @pytest.mark.parametrize("kind", [True, "median", "halving", "hyperband", optuna.pruners.ThresholdPruner(upper=1.3)])

@@ -57,8 +57,9 @@ class Row:
 class Searched(Picture):
     """A search's trials by number; printed as a Markdown table, the best first.
 
-    With several seeds each is held against the best (Welch's test, over all corrected by Holm 1979), and those that chance
-    alone could have put behind it are marked. `study` is Optuna's own.
+    With several seeds each is held against the best (Welch's test), and those that chance alone could have put behind it are
+    marked. The best was picked for being the best, so that the chances are corrected for all pairs of trials (Holm 1979):
+    where all settings are alike, at most one search in twenty leaves any unmarked. `study` is Optuna's own.
     """
 
     metric: str
@@ -83,12 +84,12 @@ class Searched(Picture):
         return ranked[0]
 
     def chances(self) -> dict[int, float]:
-        """Return trial -> the chance of a difference from the best as large as this where there is none, corrected by Holm."""
+        """Return trial -> the chance of a difference from the best as large as this where there is none, for all pairs."""
         ranked = self.ranked
         if not ranked or len(ranked[0].values) < 2:
             return {}
         found = {row.number: Difference(ranked[0].sample, row.sample).p for row in ranked[1:]}
-        return holm(found)
+        return holm(found, len(ranked) * (len(ranked) - 1) // 2)
 
     def table(self, count: int | None = 20) -> str:
         """Return a Markdown table of the best `count` trials (None: all) and of how the others ended."""
@@ -116,7 +117,8 @@ class Searched(Picture):
         if several:
             alike = sum(p >= LEVEL for p in chances.values())
             notes.append(
-                f"Of {len(chances)} others {alike} may be behind the best by chance alone (Welch's test, Holm's correction)."
+                f"Of {len(chances)} others {alike} may be behind the best by chance alone (Welch's test, Holm's correction for all "
+                "pairs)."
             )
         else:
             notes.append("One seed a setting: nothing tells chance from gain; give seeds=5.")
@@ -166,11 +168,14 @@ def gathered(study: Any, trials: Sequence[Any], metric: str, mode: str) -> Searc
     return Searched(metric, mode, tuple(rows), study)
 
 
-def holm(chances: Mapping[int, float]) -> dict[int, float]:
-    """Return chances that hold together: the smallest times their number, the next times one less, none below one before."""
+def holm(chances: Mapping[int, float], count: int) -> dict[int, float]:
+    """Return chances that hold together with others, `count` in all: the smallest times `count`, the next times one less.
+
+    None is below one before it. The others, which are not looked at, act as if they were the largest.
+    """
     least, found = 0.0, dict[int, float]()
     for i, (number, p) in enumerate(sorted(chances.items(), key=lambda item: (math.isnan(item[1]), item[1]))):
-        found[number] = least = max(least, min(1.0, p * (len(chances) - i)))
+        found[number] = least = max(least, min(1.0, p * (count - i)))
     return found
 
 
