@@ -33,6 +33,10 @@ class Prune(Callback):
         self.reports, self.pruned = 0, False
         self.scores: dict[int, float] = {}  # by update
 
+    def on_fit_start(self, state: State) -> None:
+        """Say again what a restored or finished run was told."""
+        self._decide(state)
+
     def on_validation_end(self, state: State) -> None:
         """Report, and ask."""
         if self.metric not in state.reported:
@@ -43,8 +47,12 @@ class Prune(Callback):
         with warnings.catch_warnings(action="ignore"):  # one that is taken up again reports what it reported before
             self.trial.report(value, self.reports)
         self.reports += 1
-        if self.trial.should_prune():
-            self.pruned = True
+        self.pruned = self.pruned or bool(self.trial.should_prune())
+        self._decide(state)
+
+    def _decide(self, state: State) -> None:
+        if self.pruned:
+            value = list(self.scores.values())[-1]
             state.stop(f"pruned: {self.metric} is {value:.6g} at report {self.reports}, where other trials were better")
 
     def state_dict(self) -> dict[str, Any]:

@@ -65,6 +65,21 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     assert len(prune.scores) == 4
 
 
+def test_a_verdict_holds_for_a_run_that_is_resumed_or_entered_again(tmp_path: Path) -> None:
+    """What is killed between its last checkpoint and the study's record of it does not train on as if nothing was said."""
+    for again in range(2):
+        seed, model = Seed(0), net()
+        loop = Loop(model, adamw(model), [seed, prune := Prune(Told(2)), Checkpoint(tmp_path)], resume=tmp_path)
+        for _ in range(2):
+            state = loop.fit(loss_fn, loader(), loader(20, shuffle=False), epochs=5)
+            assert prune.pruned
+            assert state.epoch == 2
+            assert state.stop_reason is not None
+            assert state.stop_reason.startswith("pruned: val_loss is 1.")
+            assert state.stop_reason.endswith(" at report 2, where other trials were better")
+        assert len(prune.trial.reports) == 2 * (not again)
+
+
 def test_in_a_study_of_ones_own() -> None:
     def objective(trial: Any) -> float:
         seed, model = Seed(0), net()
