@@ -429,8 +429,10 @@ def test_a_storage_of_another_search_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="holds another search"):
             random_search(number, space, 2, storage=tmp_path, prune=False, **more)
-    other = random_search(number, {"x": uniform(0, 2)}, 2, storage=tmp_path, name="other", prune=False)
+    other = random_search(number, {"x": uniform(0, 2), "y": [1]}, 2, storage=tmp_path, name="other", prune=False)
     assert len(other.trials) == 2
+    with pytest.raises(ValueError, match="holds another search"):  # drawn in another order, its draws are others
+        random_search(number, {"y": [1], "x": uniform(0, 2)}, 4, storage=tmp_path, name="other", prune=False)
 
 
 def test_jobs_need_what_other_processes_find(tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ def test_a_dict_under_a_condition() -> None:
                                                   {"kind": "b", "more": {"x": 2, "y": 3}}]  # fmt: skip
 
 
+def test_a_condition_on_a_whole_number() -> None:
+    points = list(Space({"layers": integers(1, 3), "width": when("layers", 2, [8, 16])}).points())
+    assert points == [{"layers": 1}, {"layers": 2, "width": 8}, {"layers": 2, "width": 16}, {"layers": 3}]
+
+
+def test_points_are_counted_where_they_are_and_not_where_none_is() -> None:
+    """Ten kinds with four settings of four values each: 4^40 combinations, 10 x 4^4 points."""
+    kinds = [str(i) for i in range(10)]
+    more = {f"of {kind}": when("kind", kind, {name: [1, 2, 3, 4] for name in "abcd"}) for kind in kinds}
+    points = list(Space({"kind": kinds, **more}).points())
+    assert len(points) == len(set(map(repr, points))) == 2560
+
+
 def test_whole_numbers_are_points() -> None:
     assert list(Space({"size": integers(10, 70, multiple_of=16)}).points()) == [{"size": n} for n in (16, 32, 48, 64)]
 
@@ -84,6 +97,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "an empty list": ({"a": []}, ValueError, r"space\['a'\] is an empty list"),
     "an empty dict": ({"a": {}}, ValueError, r"space\['a'\] is empty"),
     "twice": ({"a": [1, 2, 1]}, ValueError, r"space\['a'\] holds a value twice: \[1, 2, 1\]"),
+    "equals": ({"a": [1, True]}, ValueError, r"space\['a'\] holds a value twice: \[1, True\]; 1, 1.0 and True are equal"),
+    "no and nought": ({"a": [None, 0.0, False]}, ValueError, r"space\['a'\] holds a value twice"),
     "a function": ({"a": [len]}, TypeError, r"space\['a'\] holds <built-in function len>.*give names"),
     "nan": ({"a": [math.nan]}, TypeError, r"space\['a'\] holds nan"),
     "a dot": ({"a.b": [1]}, ValueError, r"strings without a dot, not 'a.b'"),
@@ -91,7 +106,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown condition": ({"a": when("b", 1, [1])}, ValueError, r"space\['a'\] hangs on 'b', which is no setting"),
     "a circle": ({"a": when("b", 1, [1]), "b": when("a", 1, [1])}, ValueError, "hangs on"),
     "never": ({"a": [1], "b": when("a", 2, [1])}, ValueError, r"space\['b'\] exists when 'a' is 2, which it never is"),
-    "of a range": ({"a": uniform(0, 1), "b": when("a", 0.5, [1])}, ValueError, "which it never is"),
+    "of a range": ({"a": uniform(0, 1), "b": when("a", 0.5, [1])}, ValueError, "'a' is 0.5, and that is a continuous range"),
+    "of no multiple": ({"a": integers(2, 8, 2), "b": when("a", 3, [1])}, ValueError, "'a' is 3, which it never is"),
 }
 
 

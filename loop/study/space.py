@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -117,7 +116,10 @@ class Space:
         for name, hangs in self.conditions.items():
             for other, value in hangs:
                 axis = self.axes[other]
-                if not isinstance(axis, Choice) or value not in axis.values:
+                if isinstance(axis, Range) and axis.step is None:
+                    raise ValueError(f"space[{name!r}] exists when {other!r} is {value!r}, and that is a continuous range; give a "
+                                     "list or integers(...) there")  # fmt: skip
+                if value not in axis.values:
                     raise ValueError(f"space[{name!r}] exists when {other!r} is {value!r}, which it never is")
 
     def _add(self, space: Mapping[str, Any], prefix: str, hangs: list[tuple[str, Any]]) -> None:
@@ -155,19 +157,20 @@ class Space:
                 _ = what.values
             except ValueError as error:
                 raise ValueError(f"space[{name!r}] {error}") from None
-        seen = set()
-        for values in itertools.product(*(what.values for what in self.axes.values())):
-            found = Settings()
-            for name, value in zip(self.axes, values, strict=True):
-                if self.exists(name, found):
-                    found[name] = value
-            if (key := repr(found)) not in seen:
-                seen.add(key)
-                yield found
+        yield from self._beyond({}, list(self.axes))
 
-    def text(self) -> dict[str, str]:
-        """Return each setting's law in words, which tells one space from another."""
-        return {name: f"{what!r} {self.conditions[name] or ''}".strip() for name, what in self.axes.items()}
+    def _beyond(self, found: Settings, names: list[str]) -> Iterator[Settings]:
+        while names and not self.exists(names[0], found):
+            names = names[1:]
+        if not names:
+            yield found
+            return
+        for value in self.axes[names[0]].values:
+            yield from self._beyond({**found, names[0]: value}, names[1:])
+
+    def text(self) -> list[str]:
+        """Return each setting's law in words, in the order in which they are drawn, which tells one space from another."""
+        return [f"{name}: {what!r} {self.conditions[name] or ''}".strip() for name, what in self.axes.items()]
 
 
 def axis(name: str, what: Any) -> Choice | Range:
@@ -183,8 +186,9 @@ def axis(name: str, what: Any) -> Choice | Range:
         if not (value is None or isinstance(value, bool | int | float | str)) or value != value:
             raise TypeError(f"space[{name!r}] holds {value!r:.60}; a value must be a number, a string, True, False or None, that a "
                             "file can hold: give names, and look up what they stand for in train")  # fmt: skip
-    if len({(type(value), value) for value in what}) < len(what):
-        raise ValueError(f"space[{name!r}] holds a value twice: {list(what)!r}")
+    if len({*what}) < len(what):
+        raise ValueError(f"space[{name!r}] holds a value twice: {list(what)!r}; 1, 1.0 and True are equal to Python, and no record "
+                         "could tell them apart: give names")  # fmt: skip
     return Choice(tuple(what))
 
 
