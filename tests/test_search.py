@@ -381,6 +381,26 @@ def test_refine_goes_through_what_was_best_more_finely() -> None:
         refine(one, grid, keep=0)
 
 
+def test_refine_lets_go_of_what_hangs_on_a_value_that_is_gone() -> None:
+    sgd = {"momentum": [0.5, 0.9], "nesterov": when("sgd.momentum", 0.9, [True])}
+    space = {"kind": ["adamw", "sgd"], "sgd": when("kind", "sgd", sgd),
+             "adamw": when("kind", "adamw", {"beta": [0.9, 0.99]}), "layers": [1, 2, 4], "width": when("layers", 2, uniform(0, 1)),
+             "depth": integers(1, 100), "more": when("depth", 100, [1])}  # fmt: skip
+    found = random_search(lambda s, c: s["depth"] - s["layers"] - 100 * (s["kind"] == "adamw"), space, 40, prune=False)
+    finer = refine(found, space, keep=1)
+    assert list(finer) == ["kind", "adamw", "layers", "depth"]
+    assert (finer["kind"], finer["layers"]) == (["adamw"], [found.best.settings["layers"]])
+    assert random_search(lambda s, c: s["adamw"]["beta"], finer, 3, prune=False).best.state == "complete"
+
+
+@pytest.mark.parametrize(("first", "second"), [([1, 2, 3], [1, 2]), (["a"], ["b"]), (["a"], [1.0]), (["a"], uniform(0, 1)),
+                                               ([3.0], uniform(0, 1)), ([3], integers(2, 8, 2))])  # fmt: skip
+def test_refine_with_the_space_of_another_search(first: Any, second: Any) -> None:
+    found = grid_search(lambda s, c: 0.0, {"x": first[::-1]}, prune=False)
+    with pytest.raises(ValueError, match=rf"space\['x'\] does not hold {first[-1]!r}, which the search had; give the space"):
+        refine(found, {"x": second}, keep=1)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "method": ({"method": "grit"}, ValueError, "method must be one of 'grid', 'random', 'tpe', not 'grit'"),
     "no trials": ({"trials": None}, ValueError, "trials"),
