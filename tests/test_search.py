@@ -287,6 +287,29 @@ def test_every_trial_is_on_record(tmp_path: Path) -> None:
     assert sum(found.importance().values()) == pytest.approx(1.0)
 
 
+def test_tables_hold_what_is_not_finite_none_and_missing_apart(tmp_path: Path) -> None:
+    """JSON has no NaN, which half its readers refuse."""
+    space = {"clip": [None, 1.0, math.inf], "naïve": ["λ"], "more": when("clip", 1.0, [2])}
+    found = grid_search(lambda s, c: math.nan if s["clip"] is None else s["clip"], space, storage=tmp_path, prune=False)
+    assert [row.state for row in found.trials] == ["fail", "complete", "fail"]
+    held = json.loads((tmp_path / "results.json").read_text("utf-8"), parse_constant=pytest.fail)["trials"]
+    assert [(row["settings"]["clip"], row["values"]) for row in held] == [(None, ["nan"]), (1.0, [1.0]), ("inf", ["inf"])]
+    with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["clip"], line["more"], line["naïve"]) for line in lines] == [
+        ("None", "", "λ"),
+        ("1.0", "2", "λ"),
+        ("inf", "", "λ"),
+    ]
+    with pytest.raises(ValueError, match="count must be a whole number, at least 1, not -1"):
+        found.table(-1)
+
+
+def test_without_a_spread_the_table_says_so() -> None:
+    found = grid_search(lambda s, c: s["x"] + (s["x"] > 1) * s.seed, {"x": [0.0, 1.0, 2.0]}, seeds=3, prune=False)
+    assert "The same with every seed: 0, 1. Does train build all anew? Without a spread nothing tells chance" in str(found)
+
+
 def test_what_chance_could_have_done_is_marked() -> None:
     clock = random.Random(0)
 

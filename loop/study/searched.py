@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import whole
 from .pictures import Picture, figure
 from .repeat import Difference, Sample, cell
 from .storage import engine
@@ -94,6 +95,8 @@ class Searched(Picture):
     def table(self, count: int | None = 20) -> str:
         """Return a Markdown table of the best `count` trials (None: all) and of how the others ended."""
         ranked, chances = self.ranked, self.chances()
+        if count is not None:
+            whole("count", count, 1, none=False)
         names = list(dict.fromkeys(name for row in self.trials for name in row.settings))
         several = bool(ranked) and len(ranked[0].values) > 1
         heads = ["trial", *map(cell, names), cell(self.metric), *(["95% interval", "p", "chance?"] if several else [])]
@@ -120,6 +123,9 @@ class Searched(Picture):
                 f"Of {len(chances)} others {alike} may be behind the best by chance alone (Welch's test, Holm's correction for all "
                 "pairs)."
             )
+            if flat := [row.number for row in self.ranked if not row.sample.std]:
+                notes.append(f"The same with every seed: {', '.join(map(str, flat))}. Does train build all anew? Without a spread "
+                             "nothing tells chance from gain.")  # fmt: skip
         else:
             notes.append("One seed a setting: nothing tells chance from gain; give seeds=5.")
         errors: dict[str, list[int]] = {}
@@ -144,12 +150,13 @@ class Searched(Picture):
         """Write results.md, results.csv and results.json into a folder, and importance.png where it can be computed."""
         rows = [asdict(row) for row in self.trials]
         replace(folder / "results.md", self.table(None) + "\n")
-        replace(folder / "results.json", json.dumps({"metric": self.metric, "mode": self.mode, "trials": rows}, indent=1))
+        held = plain({"metric": self.metric, "mode": self.mode, "trials": rows})
+        replace(folder / "results.json", json.dumps(held, indent=1, allow_nan=False))
         names = list(dict.fromkeys(name for row in self.trials for name in row.settings))
         out = csv.writer(file := io.StringIO(newline=""))
         out.writerow(["trial", "state", *names, self.metric, "seconds", "error"])
         for row in self.trials:
-            settings = [row.settings.get(name, "") for name in names]
+            settings = [str(row.settings[name]) if name in row.settings else "" for name in names]
             out.writerow([row.number, row.state, *settings, row.mean if row.values else "", row.seconds, row.error])
         replace(folder / "results.csv", file.getvalue())
         with contextlib.suppress(ImportError, ValueError, RuntimeError), warnings.catch_warnings(action="ignore"):
@@ -181,8 +188,17 @@ def holm(chances: Mapping[int, float], count: int) -> dict[int, float]:
 
 def replace(path: Path, text: str) -> None:
     """Write a file whole: other processes end the same search, and write it too."""
-    (beside := path.with_name(f"{path.name}.{os.getpid()}")).write_text(text)
+    (beside := path.with_name(f"{path.name}.{os.getpid()}")).write_bytes(text.encode())
     os.replace(beside, path)
+
+
+def plain(found: Any) -> Any:
+    """Return what JSON can say: it has no word for infinities and NaN, which become "inf", "-inf" and "nan"."""
+    if isinstance(found, Mapping):
+        return {key: plain(what) for key, what in found.items()}
+    if isinstance(found, list | tuple):
+        return [plain(what) for what in found]
+    return str(float(found)) if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def shown(value: Any) -> str:
