@@ -325,6 +325,22 @@ def test_what_chance_could_have_done_is_marked() -> None:
     assert "nothing tells chance from gain" in str(grid_search(noisy, {"x": [0.0, 1.0]}, prune=False))
 
 
+def test_importance_is_the_share_of_the_variation_that_a_setting_explains() -> None:
+    """Of 2x + y the variances are as 4 to 1; a measure of what the best few have in common would say otherwise."""
+    space = {"x": uniform(0, 1), "y": uniform(0, 1), "n": [1], "more": when("n", 1, [1])}
+    found = random_search(lambda s, c: 2 * s["x"] + s["y"], space, 60, prune=False)
+    shares = found.importance()
+    assert shares["x"] == pytest.approx(0.8, abs=0.1)
+    assert shares["y"] == pytest.approx(0.2, abs=0.1)
+    assert shares == found.importance()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_search(tmp_path: Path) -> None:
+    found = random_search(lambda s, c: 1e308 * s["x"], {"x": uniform(0, 1)}, 4, storage=tmp_path, prune=False)
+    assert found.best.state == "complete"
+    assert not (tmp_path / "importance.png").exists()
+
+
 def test_holms_correction() -> None:
     """Holm 1979; the example of the R manual's p.adjust: 0.01, 0.02, 0.03, 0.04 give 0.04, 0.06, 0.06, 0.06."""
     assert holm({1: 0.03, 2: 0.01, 3: 0.04, 4: 0.02}, 4) == pytest.approx({2: 0.04, 4: 0.06, 1: 0.06, 3: 0.06})

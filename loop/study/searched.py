@@ -135,9 +135,15 @@ class Searched(Picture):
         return notes + [f"failed: {', '.join(map(str, which))}: {error}" for error, which in errors.items()]
 
     def importance(self) -> dict[str, float]:
-        """Return how much of the metric's variation each setting explains, largest first (Hutter et al. 2014, fANOVA)."""
-        found: dict[str, float] = engine().importance.get_param_importances(self.study)
-        return found
+        """Return how much of the metric's variation each setting explains, largest first (Hutter et al. 2014, fANOVA).
+
+        Of settings that every complete trial has, and over the whole space, not the best of it. Raises ImportError without
+        scikit-learn, ValueError or RuntimeError for too few trials.
+        """
+        optuna = engine()
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)  # Optuna's default has changed; this one draws trees
+        found = optuna.importance.get_param_importances(self.study, evaluator=evaluator)
+        return {name: float(share) for name, share in found.items()}
 
     def figure(self) -> Figure:
         """Return the importance of each setting as a matplotlib figure."""
@@ -159,8 +165,11 @@ class Searched(Picture):
             settings = [str(row.settings[name]) if name in row.settings else "" for name in names]
             out.writerow([row.number, row.state, *settings, row.mean if row.values else "", row.seconds, row.error])
         replace(folder / "results.csv", file.getvalue())
-        with contextlib.suppress(ImportError, ValueError, RuntimeError), warnings.catch_warnings(action="ignore"):
-            self.save(folder / "importance.png")  # where there are trials enough, and matplotlib
+        with (
+            contextlib.suppress(ImportError, ValueError, RuntimeError, AssertionError),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            self.save(folder / "importance.png")  # where there are trials enough, no giants, and matplotlib
 
 
 def gathered(study: Any, trials: Sequence[Any], metric: str, mode: str) -> Searched:
