@@ -25,7 +25,7 @@ class Prune(Callback):
     """
 
     def __init__(self, trial: Any, metric: str = "val_loss") -> None:
-        if not (callable(getattr(trial, "report", None)) and callable(getattr(trial, "should_prune", None))):
+        if isinstance(trial, type) or not all(callable(getattr(trial, name, None)) for name in ("report", "should_prune")):
             raise TypeError(f"trial must be one of Optuna's, with report and should_prune, not {trial!r:.60}")
         if not isinstance(metric, str) or not metric:
             raise ValueError(f"metric must be the name of a metric, such as 'val_loss', not {metric!r}")

@@ -98,6 +98,8 @@ def test_in_a_study_of_ones_own() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="trial must be one of Optuna's, with report and should_prune, not 3"):
         Prune(3)
+    with pytest.raises(TypeError, match="trial must be one of Optuna's"):
+        Prune(optuna.trial.Trial)
     with pytest.raises(ValueError, match="metric must be the name of a metric, such as 'val_loss', not ''"):
         Prune(Told(1), "")
     model = net()

@@ -122,6 +122,8 @@ def test_bad_spaces(name: str) -> None:
     (lambda: uniform(1, 1), "low must be below high, not 1 and 1"),
     (lambda: uniform(math.nan, 1), "low must be a finite number, not nan"),
     (lambda: uniform(0, math.inf), "high must be a finite number, not inf"),
+    (lambda: uniform(0, 10**400), "high must be a finite number, not 1000"),
+    (lambda: uniform(-1e308, 1e308), r"low must be a finite number, not -1e\+308"),
     (lambda: uniform(True, 2), "low must be a finite number, not True"),
     (lambda: uniform("0", 2), "low must be a finite number, not '0'"),
     (lambda: log_uniform(0, 1), "low must be a finite number above 0, not 0"),

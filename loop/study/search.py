@@ -23,7 +23,8 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     """Train with settings drawn from a space, each over `seeds` seeds, record all of it, and say what beats what beyond chance.
 
     `train(settings, callbacks)` builds a model, trains it in a Loop with its own callbacks and these (Seed, TensorBoard, what
-    keeps scores and prunes), and returns the state, a mapping of metrics, or the number itself. `space`: name -> a list,
+    keeps scores and prunes), and returns the state, a mapping of metrics (of which the last value counts), or the number itself,
+    such as the best value. `space`: name -> a list,
     `uniform`, `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every point once; `trials` is not
     given), "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of Optuna's, or False. `storage`: a
     folder, made if it is missing, that holds trials, runs and tables, or a database's URL; any number of processes may search

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST = 2.0**1023  # of a range's ends, so that its width is a number too
 Settings = dict[str, Any]  # flat: "optimizer.rate" for {"optimizer": {"rate": ...}}
 
 
@@ -55,7 +55,7 @@ class When:
 
 def uniform(low: float, high: float) -> Range:
     """A number from `low` to `high`, each as likely as any; raises ValueError for what is no range."""
-    return Range(*bounds(low, high, -math.inf))
+    return Range(*bounds(low, high, -LARGEST))
 
 
 def log_uniform(low: float, high: float) -> Range:
@@ -88,7 +88,7 @@ def when(name: str, value: Any, what: Any) -> When:
 def bounds(low: Any, high: Any, above: float) -> tuple[float, float]:
     """Return them as floats; raises ValueError for what is no range."""
     for name, value in (("low", low), ("high", high)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < LARGEST:
             raise ValueError(f"{name} must be a finite number{' above 0' * (above == 0)}, not {value!r}")
     if not low < high:
         raise ValueError(f"low must be below high, not {low!r} and {high!r}; a list of one value is a constant")
