@@ -58,6 +58,18 @@ def test_a_grid_visits_each_point_once(undisturbed: Any) -> None:
     assert {row[1] for row in undisturbed["grid"]} == {"complete"}
 
 
+def test_a_grid_visits_each_point_once_where_two_processes_make_its_trials_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = optuna.Study.enqueue_trial
+
+    def by_two(study: Any, *arguments: Any) -> None:
+        make(study, *arguments)
+        make(study, *arguments)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", by_two)
+    found = grid_search(number, {"x": [1, 2, 3], "y": [4, 5]}, prune=False)
+    assert [tuple(row.settings.values()) for row in found.trials] == [(x, y) for x in (1, 2, 3) for y in (4, 5)]
+
+
 @pytest.mark.parametrize("method", ["grid", pytest.param("random", marks=pytest.mark.slow)])
 def test_two_jobs_give_the_same_trials_to_the_bit(method: str, undisturbed: Any, tmp_path: Path) -> None:
     more = {} if method == "grid" else {"trials": 12}
@@ -174,7 +186,7 @@ def test_hp2_elsewhere_a_trial_is_gone_after_two_intervals_without_a_sign() -> N
     """A process of another machine can't be asked: its sign must change."""
     study = optuna.create_study()
     trials = Trials(study, 1, interval=0.2, tries=3)
-    trials.add(None)
+    trials.add()
     found = trials.claim()
     for beat in range(6):
         study._storage.set_trial_user_attr(found._trial_id, "lease", {"host": "elsewhere", "pid": 1, "began": 1, "beat": beat})

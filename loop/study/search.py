@@ -71,7 +71,7 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     pruner(prune)
     study = study_of(job)
     own = Trials(study, job.total, job.interval, job.tries)
-    own.add(None if points is None else iter(points))
+    own.add()
     if jobs == 1:
         work(job, study)
     else:

@@ -79,12 +79,13 @@ class Trials:
         """Return the trials, as they stand now."""
         return list(self.storage.get_all_trials(self.study._study_id, deepcopy=False))[: self.total]
 
-    def add(self, points: Iterator[dict[str, Any]] | None) -> None:
-        """Make all trials that are missing, waiting; two who do so at once make some beyond the last, which nobody runs."""
-        have = len(self.all())
-        for number, point in enumerate(points if points is not None else ({} for _ in range(self.total))):
-            if have <= number < self.total:
-                self.study.enqueue_trial(point)
+    def add(self) -> None:
+        """Make all trials that are missing, waiting; two who do so at once make some beyond the last, which nobody runs.
+
+        They are all alike: what a trial's settings are hangs on its number, which says nothing of who made it.
+        """
+        for _ in range(len(self.all()), self.total):
+            self.study.enqueue_trial({})
 
     def claim(self) -> Any:
         """Return a trial that waited and is ours now, or None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import platform
 import statistics
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +143,7 @@ def work(job: Job, study: Any) -> None:
 def run(job: Job, study: Any, space: Space, found: Any) -> None:
     """Run one trial, over all its seeds, and record how it ended."""
     optuna, began = engine(), time.time()
-    study.sampler = sampler(job.method, job.seed, found.number)
+    study.sampler = sampler(job, space, found.number)
     trial = optuna.trial.Trial(study, found._trial_id)
     flat, values, scores, error, pruned = space.suggest(trial), list[float](), dict[str, Any](), "", False
     trace = ""
@@ -182,11 +184,15 @@ def run(job: Job, study: Any, space: Space, found: Any) -> None:
         log.warning("trial %d failed: %s", found.number, error)
 
 
-def sampler(method: str, seed: int, number: int) -> Any:
-    """Return what draws a trial's settings: anew for each, so that its draws hang on nobody's before it."""
-    key = derive(seed, "trial", number) & 0xFFFFFFFF
+def sampler(job: Job, space: Space, number: int) -> Any:
+    """Return what says a trial's settings: anew for each, so that they hang on nobody's before it, and a grid's on its number."""
+    key = derive(job.seed, "trial", number) & 0xFFFFFFFF
     samplers = engine().samplers
-    return samplers.TPESampler(seed=key) if method == "tpe" else samplers.RandomSampler(seed=key)
+    drawn = samplers.TPESampler(seed=key) if job.method == "tpe" else samplers.RandomSampler(seed=key)
+    if job.method != "grid":
+        return drawn
+    with warnings.catch_warnings(action="ignore"):  # Optuna calls it experimental, and a user can't help it
+        return samplers.PartialFixedSampler(next(itertools.islice(space.points(), number, None)), drawn)
 
 
 def given(job: Job, number: int, flat: Mapping[str, Any], seed: int) -> tuple[Settings, list[Callback]]:
