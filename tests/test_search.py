@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import math
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ from hookloop.callbacks.prune import MetricMissing
 from hookloop.loop import Loop
 from hookloop.loop.study import grid_search, integers, log_uniform, random_search, refine, search, uniform, when
 from hookloop.loop.study.searched import Row, Searched, holm
-from hookloop.loop.study.storage import Trials
+from hookloop.loop.study.storage import Lock, Trials, opened, place
 
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -191,13 +194,110 @@ def test_hp2_elsewhere_a_trial_is_gone_after_two_intervals_without_a_sign() -> N
     for beat in range(6):
         study._storage.set_trial_user_attr(found._trial_id, "lease", {"host": "elsewhere", "pid": 1, "began": 1, "beat": beat})
         trials.free()
-        assert trials.running()
+        assert study.trials[0].state.name == "RUNNING"
         time.sleep(0.1)
     assert trials.claim() is None
     time.sleep(0.45)
     trials.free()
-    assert not trials.running()
+    assert study.trials[0].state.name == "WAITING"
     assert trials.claim().number == 0
+
+
+def shared(url: bool, folder: Path, total: int) -> Trials:
+    storage = f"sqlite:///{folder}/a.db" if url else str(folder)
+    study = optuna.create_study(storage=opened(storage), study_name="search", load_if_exists=True)
+    return Trials(study, total, 30.0, 5, storage)
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_no_trial_is_taken_by_two_at_once(url: bool, tmp_path: Path) -> None:
+    """Neither one that waits nor one whose process is gone: four see it at the same moment."""
+    ours = [shared(url, tmp_path, 12) for _ in range(4)]
+    ours[0].add()
+    gone = ours[0].take()
+    ours[0].storage.set_trial_user_attr(gone._trial_id, "lease", {"host": place(), "pid": 2**22 + 1, "began": 1})
+    taken, together = list[int](), threading.Barrier(4)
+
+    def takes(trials: Trials) -> None:
+        for _ in range(4):
+            together.wait()
+            if (found := trials.take()) is not None:
+                taken.append(found.number)
+                trials.storage.set_trial_user_attr(found._trial_id, "lease", {"host": "elsewhere"})
+
+    threads = [threading.Thread(target=takes, args=(trials,)) for trials in ours]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(12))
+
+
+def test_who_frees_a_trial_is_not_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take from another what that one took up meanwhile."""
+    one, other = shared(False, tmp_path, 1), shared(False, tmp_path, 1)
+    one.add()
+    gone, taken = one.take(), list[Any]()
+    one.storage.set_trial_user_attr(gone._trial_id, "lease", {"host": place(), "pid": 2**22 + 1, "began": 1})
+    look, thread = one._gone, threading.Thread(target=lambda: taken.append(other.take()))
+
+    def slowly(found: Any) -> bool:
+        answer = look(found)
+        thread.start()
+        thread.join(0.2)
+        return answer
+
+    monkeypatch.setattr(one, "_gone", slowly)
+    taken.append(one.take())
+    thread.join()
+    assert sorted(found is None for found in taken) == [False, True]
+
+
+def test_a_trial_that_could_not_be_given_back_is_taken_up_in_the_same_process(tmp_path: Path) -> None:
+    """The disk is full when a trial ends; called again from the same notebook, the search must not wait for itself."""
+    trials = shared(False, tmp_path, 1)
+    trials.add()
+    full = OSError(28, "No space left on device")
+
+    def fills() -> None:
+        with pytest.MonkeyPatch.context() as patch, trials.leased(trials.take()):
+            patch.setattr(trials.storage._backend, "append_logs", Mock(side_effect=full))
+            raise full
+
+    with pytest.raises(OSError, match="No space left"):
+        fills()
+    with trials.leased(again := shared(False, tmp_path, 1).take()):
+        assert again.number == 0
+        assert shared(False, tmp_path, 1).take() is None
+
+
+def test_the_lock_is_let_go_where_a_loaders_process_holds_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.touch()
+    lock = Lock(path)
+    lock.acquire()
+    forked = os.dup(lock._file.fileno())
+    lock.release()
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(forked)
+
+
+@pytest.mark.parametrize("storage", ["a", "sqlite:///a.db"])
+def test_train_may_change_the_working_directory(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moves(settings: Any, callbacks: Any) -> float:
+        os.chdir(tmp_path / "b")
+        return float(settings["x"])
+
+    assert len(grid_search(moves, {"x": [1, 2]}, storage=storage, prune=False).ranked) == 2
+    assert list((tmp_path / "b").iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="storage='file' is a file; give a folder, or a database as sqlite:///file"):
+        grid_search(number, {"x": [1]}, storage="file")
 
 
 def test_memory_comes_back_after_each_of_fifty_trials() -> None:

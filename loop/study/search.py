@@ -13,8 +13,8 @@ from ..goal import Goal
 from .repeat import stats
 from .searched import Searched, gathered
 from .space import Space
-from .storage import Trials, engine
-from .worker import Job, Train, folder_of, pruner, spread, study_of, work
+from .storage import engine, located
+from .worker import Job, Train, folder_of, pruner, spread, study_of, trials_of, work
 
 
 def search(train: Train, space: Mapping[str, Any], method: str = "random", trials: int | None = None, metric: str = "val_loss",
@@ -37,7 +37,8 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     (Bergstra and Bengio 2012; TPE: Bergstra et al. 2011; the engine: Akiba et al. 2019, https://arxiv.org/abs/1907.10902)
     """
     engine()
-    checked, goal = Space(space), Goal(metric, mode)
+    checked, goal, storage = Space(space), Goal(metric, mode), located(storage)
+    pruner(prune)
     among("method", method, ("grid", "random", "tpe"))
     for argument, number in (("seeds", seeds), ("jobs", jobs), ("tries", tries)):
         whole(argument, number, 1, none=False)
@@ -68,9 +69,8 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     total = trials if points is None else len(points)
     job = Job(train, space, method, total or 0, goal, storage, name, tuple(range(seed, seed + seeds)), prune, seed, float(interval),
               tries)  # fmt: skip
-    pruner(prune)
     study = study_of(job)
-    own = Trials(study, job.total, job.interval, job.tries)
+    own = trials_of(job, study)
     own.add()
     if jobs == 1:
         work(job, study)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 log = logging.getLogger("hookloop")
 LEASE = "lease"
+HERE: set[str] = set()  # the tokens of leases under which this process works now
 
 
 def engine() -> Any:
@@ -32,14 +33,59 @@ def opened(storage: str | os.PathLike[str] | None) -> Any:
     optuna = engine()
     if storage is None:
         return optuna.storages.InMemoryStorage()
-    if isinstance(storage, str) and "://" in storage:
+    if is_url(storage):
         return optuna.storages.RDBStorage(storage)
-    if not isinstance(storage, str | os.PathLike) or not os.fspath(storage):
-        raise ValueError(f"storage must be the path of a folder, a database's URL, or None, not {storage!r}")
     path = Path(storage) / "trials.journal"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path) if os.name == "posix" else optuna.storages.journal.JournalFileOpenLock(str(path))
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock))
+
+
+def located(storage: Any) -> str | None:
+    """Return a storage such that it stays the same when train changes the working directory; raises ValueError for what is none."""
+    if storage is None:
+        return None
+    if not isinstance(storage, str | os.PathLike) or not os.fspath(storage):
+        raise ValueError(f"storage must be the path of a folder, a database's URL, or None, not {storage!r}")
+    if not is_url(storage):
+        if os.path.exists(storage) and not os.path.isdir(storage):
+            raise ValueError(f"storage={os.fspath(storage)!r} is a file; give a folder, or a database as sqlite:///{storage}")
+        return os.path.abspath(storage)
+    name, file = os.fspath(storage), database(os.fspath(storage))
+    kind, _, rest = name.partition(":///")
+    return name if file is None else f"{kind}:///{os.path.abspath(file)}{rest.removeprefix(file)}"
+
+
+def is_url(storage: Any) -> bool:
+    """Tell a database's URL from a folder."""
+    return "://" in str(storage)
+
+
+def database(url: str) -> str | None:
+    """Return the file of an SQLite database, None for other databases."""
+    kind, _, file = url.partition(":///")
+    file = file.partition("?")[0]
+    return file if kind.startswith("sqlite") and file not in ("", ":memory:") and not file.startswith("file:") else None
+
+
+@contextlib.contextmanager
+def alone(storage: str | None) -> Iterator[None]:
+    """Let one process at a time run the body: what looks at a trial and then takes it must not be overtaken between the two.
+
+    A server's database has no file to lock: there each statement is one process's at a time, and no more than that.
+    """
+    path = None if storage is None else database(storage) if is_url(storage) else os.path.join(storage, "trials")
+    if path is None or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with open(f"{path}.lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough: a data loader's process may hold it open too
 
 
 class Lock:
@@ -62,18 +108,21 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Let go."""
+        """Let go, also where a data loader's process was forked meanwhile and holds the file open."""
+        import fcntl
+
+        fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
 class Trials:
     """A search's trials, numbered from 0 to `total` - 1, none of which is made anew where one was cut off."""
 
-    def __init__(self, study: Any, total: int, interval: float, tries: int) -> None:
-        self.study, self.total, self.interval, self.tries = study, total, interval, tries
+    def __init__(self, study: Any, total: int, interval: float, tries: int, place: str | None = None) -> None:
+        self.study, self.total, self.interval, self.tries, self.where = study, total, interval, tries, place
         self.storage = study._storage
         self.states = engine().trial.TrialState
-        self._seen: dict[int, tuple[Any, float]] = {}  # lease, and since when it has been that
+        self._seen: dict[int, tuple[Any, float]] = {}  # when it began, and its lease; since when it has been that
 
     def all(self) -> list[Any]:
         """Return the trials, as they stand now."""
@@ -87,8 +136,14 @@ class Trials:
         for _ in range(len(self.all()), self.total):
             self.study.enqueue_trial({})
 
+    def take(self) -> Any:
+        """Return a trial that waited, or whose process is gone, and is ours now, or None."""
+        with alone(self.where):
+            self.free()
+            return self.claim()
+
     def claim(self) -> Any:
-        """Return a trial that waited and is ours now, or None."""
+        """Return a trial that waited and is ours now, or None; only in `alone`."""
         for found in self.all():
             if found.state != self.states.WAITING:
                 continue
@@ -98,7 +153,7 @@ class Trials:
         return None
 
     def free(self) -> None:
-        """Have trials whose process is gone wait again, or fail once that has happened too often."""
+        """Have trials whose process is gone wait again, or fail once that has happened too often; only in `alone`."""
         for found in self.all():
             if found.state != self.states.RUNNING or not self._gone(found):
                 continue
@@ -113,30 +168,30 @@ class Trials:
 
     def _gone(self, found: Any) -> bool:
         lease, now = found.user_attrs.get(LEASE), time.monotonic()
-        known, since = self._seen.get(found.number, (None, now))
-        if known != lease or found.number not in self._seen:
-            self._seen[found.number] = lease, now
-            since = now
+        sign = found.datetime_start, lease
+        if found.number not in self._seen or self._seen[found.number][0] != sign:
+            self._seen[found.number] = sign, now
         if lease is not None and lease["host"] == place() and os.name == "posix":
+            if lease["pid"] == os.getpid() and lease["began"] == began(os.getpid()):
+                return lease["token"] not in HERE  # an earlier search in this process could not give it back
             return not alive(lease["pid"], lease["began"])
-        return now - since > 2 * self.interval
+        return now - self._seen[found.number][1] > 2 * self.interval
 
     def fail(self, found: Any, error: str) -> None:
         """Record why a trial failed."""
         self.storage.set_trial_user_attr(found._trial_id, "error", error)
         self.storage.set_trial_state_values(found._trial_id, self.states.FAIL)
 
-    def running(self) -> bool:
-        """Tell whether trials are under way, wherever."""
-        return any(found.state == self.states.RUNNING for found in self.all())
+    def open(self) -> bool:
+        """Tell whether trials wait or are under way, wherever."""
+        return any(not found.state.is_finished() for found in self.all())
 
     @contextlib.contextmanager
     def leased(self, found: Any) -> Iterator[None]:
         """Say, while the body runs, again and again that this process works on a trial; what interrupts it lets it wait again."""
-        mine = {"host": place(), "pid": os.getpid(), "began": began(os.getpid()), "token": uuid.uuid4().hex}
+        token = uuid.uuid4().hex
+        mine = {"host": place(), "pid": os.getpid(), "began": began(os.getpid()), "token": token}
         tried = found.user_attrs.get("tries", 0) + 1
-        self.storage.set_trial_user_attr(found._trial_id, "tries", tried)
-        self.storage.set_trial_user_attr(found._trial_id, LEASE, {**mine, "beat": 0})
         over = threading.Event()
 
         def beat() -> None:
@@ -147,17 +202,25 @@ class Trials:
                     self.storage.set_trial_user_attr(found._trial_id, LEASE, {**mine, "beat": count})
 
         thread = threading.Thread(target=beat, name="hookloop-lease", daemon=True)
-        thread.start()
+        HERE.add(token)
         try:
-            yield
+            try:
+                self.storage.set_trial_user_attr(found._trial_id, "tries", tried)
+                self.storage.set_trial_user_attr(found._trial_id, LEASE, {**mine, "beat": 0})
+                thread.start()
+                yield
+            finally:
+                over.set()
+                if thread.ident is not None:
+                    thread.join()  # or a last sign of it would come after the lease was given back
         except BaseException:
             with contextlib.suppress(engine().exceptions.UpdateFinishedTrialError):
                 self.storage.set_trial_user_attr(found._trial_id, "tries", tried - 1)
+                self.storage.set_trial_user_attr(found._trial_id, LEASE, None)
                 self.storage.set_trial_state_values(found._trial_id, self.states.WAITING)
             raise
         finally:
-            over.set()
-            thread.join()
+            HERE.discard(token)
 
 
 @functools.cache

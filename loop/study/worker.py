@@ -31,7 +31,7 @@ from ..goal import number as number_of
 from ..rng import derive
 from ..state import State
 from .space import Space, nested
-from .storage import Trials, engine, opened
+from .storage import Trials, alone, engine, is_url, opened
 
 log = logging.getLogger("hookloop")
 Train = Callable[[Any, list[Callback]], Any]
@@ -105,8 +105,11 @@ def study_of(job: Job) -> Any:
     talks = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(talks, optuna.logging.WARNING))  # that a study was made is no news here
     try:
-        study = optuna.create_study(storage=opened(job.storage), study_name=job.name, direction=direction, load_if_exists=True,
-                                    pruner=pruner(job.prune))  # fmt: skip
+        if folder_of(job.storage) is not None:
+            Path(job.storage).mkdir(parents=True, exist_ok=True)
+        with alone(job.storage):  # or two make a database's tables at once
+            study = optuna.create_study(storage=opened(job.storage), study_name=job.name, direction=direction,
+                                        load_if_exists=True, pruner=pruner(job.prune))  # fmt: skip
     finally:
         optuna.logging.set_verbosity(talks)
     mine = {"space": Space(job.space).text(), "method": job.method, "metric": job.goal.metric, "mode": job.goal.mode,
@@ -120,12 +123,16 @@ def study_of(job: Job) -> Any:
     return study
 
 
+def trials_of(job: Job, study: Any) -> Trials:
+    """Return a search's trials."""
+    return Trials(study, job.total, job.interval, job.tries, job.storage)
+
+
 def work(job: Job, study: Any) -> None:
     """Run trials until none is left, here or anywhere."""
-    trials, space, collected = Trials(study, job.total, job.interval, job.tries), Space(job.space), time.monotonic()
+    trials, space, collected = trials_of(job, study), Space(job.space), time.monotonic()
     while True:
-        trials.free()
-        if (found := trials.claim()) is not None:
+        if (found := trials.take()) is not None:
             with trials.leased(found):
                 run(job, study, space, found)
             if torch.cuda.is_initialized():
@@ -134,7 +141,7 @@ def work(job: Job, study: Any) -> None:
             elif time.monotonic() - collected > 1:  # it takes a tenth of a second, and short trials hold little
                 gc.collect()
                 collected = time.monotonic()
-        elif trials.running():
+        elif trials.open():
             time.sleep(min(0.5, job.interval / 4))
         else:
             return
@@ -208,7 +215,7 @@ def given(job: Job, number: int, flat: Mapping[str, Any], seed: int) -> tuple[Se
 
 def folder_of(storage: Any) -> Path | None:
     """Return the folder that a storage is, None for a database and for memory."""
-    return None if storage is None or "://" in str(storage) else Path(storage)
+    return None if storage is None or is_url(storage) else Path(storage)
 
 
 def result(ended: Any, metric: str, trial: int) -> float:
