@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import loader, loss_fn, net
-from searching import GRID, RANGES, number, poison, train
+from searching import GRID, RANGES, leaves, number, poison, train, vanishes
 
 from hookloop.callbacks import Checkpoint, TensorBoard
 from hookloop.callbacks.prune import MetricMissing
@@ -183,6 +184,28 @@ def test_hp2_a_trial_that_takes_its_process_with_it_is_given_up(tmp_path: Path) 
     found = grid_search(poison, {"x": [0, 1, 2, 3]}, storage=tmp_path, jobs=2, tries=2, interval=0.5, prune=False)
     assert [row.state for row in found.trials] == ["complete", "complete", "complete", "fail"]
     assert found.trials[3].error == "its process was gone 2 times; look at the memory that it takes"
+
+
+def test_what_a_process_of_the_search_ends_with_is_told_or_made_good(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="SystemExit: no data"):
+        grid_search(leaves, {"x": [0, 1]}, storage=tmp_path / "a", jobs=2, prune=False)
+    found = grid_search(vanishes, {"x": [0, 1, 2]}, storage=tmp_path / "b", jobs=2, tries=1, prune=False)
+    assert [row.state for row in found.trials] == ["complete", "fail", "complete"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_the_processes_of_a_search_end_with_it_and_give_their_trials_back(name: str, tmp_path: Path) -> None:
+    """None goes on alone, and no trial is held to have ended its process itself, which would count against it."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    process = start("jobs", tmp_path, "endless", 3, NOTES=str(notes))
+    while len(list(notes.iterdir())) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.Signals[name])
+    process.communicate(timeout=20)  # they hold its pipes, too
+    trials = shared(False, tmp_path, 3).all()
+    assert [(trial.state.name, trial.user_attrs.get("tries", 0)) for trial in trials] == [("WAITING", 0)] * 3
 
 
 def test_hp2_elsewhere_a_trial_is_gone_after_two_intervals_without_a_sign() -> None:
@@ -571,6 +594,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "interval": ({"interval": 0}, ValueError, "interval must be"),
     "tries": ({"tries": 0}, ValueError, "tries must be"),
     "name": ({"name": ""}, ValueError, "name must be"),
+    "name of a path": ({"name": "a/b"}, ValueError, "name must be a string that can name a folder, not 'a/b'"),
 }  # fmt: skip
 
 
@@ -604,6 +628,20 @@ def test_a_storage_of_another_search_is_refused(tmp_path: Path) -> None:
     assert len(other.trials) == 2
     with pytest.raises(ValueError, match="holds another search"):  # drawn in another order, its draws are others
         random_search(number, {"y": [1], "x": uniform(0, 2)}, 4, storage=tmp_path, name="other", prune=False)
+
+
+def test_two_searches_in_one_folder_have_runs_and_tables_of_their_own(tmp_path: Path) -> None:
+    """Or the second would go on from the checkpoints of the first."""
+    folders: list[Path] = []
+
+    def notes(settings: Any, callbacks: Any) -> float:
+        folders.append(settings.folder)
+        return 1.0
+
+    for name in ({}, {"name": "a"}, {"name": "b"}):
+        grid_search(notes, {"x": [1]}, storage=tmp_path, prune=False, **name)
+    assert folders == [tmp_path / "trial-00000", tmp_path / "a" / "trial-00000", tmp_path / "b" / "trial-00000"]
+    assert all((folder.parent / "results.json").exists() for folder in folders)
 
 
 def test_jobs_need_what_other_processes_find(tmp_path: Path) -> None:

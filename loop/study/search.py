@@ -10,16 +10,17 @@ from typing import Any
 
 from ..checks import among, whole
 from ..goal import Goal
+from .jobs import spread
 from .repeat import stats
 from .searched import Searched, gathered
 from .space import Space
 from .storage import engine, located
-from .worker import Job, Train, folder_of, pruner, spread, study_of, trials_of, work
+from .worker import NAME, Job, Train, folder_of, pruner, study_of, trials_of, work
 
 
 def search(train: Train, space: Mapping[str, Any], method: str = "random", trials: int | None = None, metric: str = "val_loss",
            mode: str = "min", storage: str | os.PathLike[str] | None = None, seeds: int = 1, jobs: int = 1, prune: Any = True, *,
-           seed: int = 0, name: str = "search", interval: float = 30.0, tries: int = 5) -> Searched:  # fmt: skip
+           seed: int = 0, name: str = NAME, interval: float = 30.0, tries: int = 5) -> Searched:  # fmt: skip
     """Train with settings drawn from a space, each over `seeds` seeds, record all of it, and say what beats what beyond chance.
 
     `train(settings, callbacks)` builds a model, trains it in a Loop with its own callbacks and these (Seed, TensorBoard, what
@@ -28,12 +29,13 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     `uniform`, `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every point once; `trials` is not
     given), "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of Optuna's, or False. `storage`: a
     folder, made if it is missing, that holds trials, runs and tables, or a database's URL; any number of processes may search
-    in one at once, and one that is started again goes on: a trial whose process is gone (told by its number on the same
-    machine, elsewhere by two `interval` seconds without a sign) is run again under its number, up to `tries` times. `seed`
-    says every draw: the same trials come out, in any number of processes. A trial that raises, runs out of memory or ends not
-    finite is recorded, and the search goes on. `jobs` processes run here, each with its share of the cores; what is started
-    as `__main__` needs the usual guard then. Raises TypeError or ValueError for bad settings and for a storage that holds
-    another search, KeyError for a metric that never comes, RuntimeError where every trial failed.
+    in one at once, several searches each by a `name` (in a folder then a folder of its own in it), and one that is started
+    again goes on: a trial whose process is gone (told by its number on the same machine, elsewhere by two `interval` seconds
+    without a sign) is run again under its number, up to `tries` times. `seed` says every draw: the same trials come out, in
+    any number of processes. A trial that raises, runs out of memory or ends not finite is recorded, and the search goes on.
+    `jobs` processes run here, each with its share of the cores; what is started as `__main__` needs the usual guard then.
+    Raises TypeError or ValueError for bad settings and for a storage that holds another search, KeyError for a metric that
+    never comes, RuntimeError where every trial failed.
     (Bergstra and Bengio 2012; TPE: Bergstra et al. 2011; the engine: Akiba et al. 2019, https://arxiv.org/abs/1907.10902)
     """
     engine()
@@ -62,8 +64,8 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     whole("seed", seed, 0, none=False)
     if isinstance(interval, bool) or not isinstance(interval, int | float) or not 0 < interval < math.inf:
         raise ValueError(f"interval must be a finite number of seconds above 0, not {interval!r}")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name must be a string that is not empty, not {name!r}")
+    if not isinstance(name, str) or name in ("", ".", "..") or os.path.basename(name) != name:
+        raise ValueError(f"name must be a string that can name a folder, not {name!r}")
     if seeds > 1:
         stats()
     total = trials if points is None else len(points)
@@ -75,9 +77,10 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     if jobs == 1:
         work(job, study)
     else:
-        spread(job, jobs, cores)
+        spread(job, study, jobs, cores)
     found = gathered(study, own.all(), metric, mode)
-    if (folder := folder_of(storage)) is not None:
+    if (folder := folder_of(storage, name)) is not None:
+        folder.mkdir(exist_ok=True)
         found.write(folder)
     if found.trials and all(row.state == "fail" for row in found.trials):
         raise RuntimeError(f"every trial failed, the first with {found.trials[0].error}")

@@ -6,9 +6,6 @@ import gc
 import itertools
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
-import pickle
 import platform
 import statistics
 import time
@@ -34,6 +31,7 @@ from .space import Space, nested
 from .storage import Trials, alone, engine, is_url, opened
 
 log = logging.getLogger("hookloop")
+NAME = "search"
 Train = Callable[[Any, list[Callback]], Any]
 PRUNERS = {"median": "MedianPruner", "halving": "SuccessiveHalvingPruner", "hyperband": "HyperbandPruner"}
 
@@ -149,7 +147,7 @@ def work(job: Job, study: Any) -> None:
 
 def run(job: Job, study: Any, space: Space, found: Any) -> None:
     """Run one trial, over all its seeds, and record how it ended."""
-    optuna, began = engine(), time.time()
+    optuna, began = engine(), time.monotonic()
     study.sampler = sampler(job, space, found.number)
     trial = optuna.trial.Trial(study, found._trial_id)
     flat, values, scores, error, pruned = space.suggest(trial), list[float](), dict[str, Any](), "", False
@@ -175,7 +173,7 @@ def run(job: Job, study: Any, space: Space, found: Any) -> None:
         scores[str(seed)] = watch.found
         if pruned or error:
             break
-    about = {"seeds": list(job.seeds), "values": values, "scores": scores, "seconds": time.time() - began, "error": error,
+    about = {"seeds": list(job.seeds), "values": values, "scores": scores, "seconds": time.monotonic() - began, "error": error,
              "traceback": trace, "versions": {"torch": str(torch.__version__), "python": platform.python_version()}}  # fmt: skip
     states = optuna.trial.TrialState
     state = states.FAIL if error else states.PRUNED if pruned else states.COMPLETE
@@ -206,16 +204,16 @@ def given(job: Job, number: int, flat: Mapping[str, Any], seed: int) -> tuple[Se
     """Return what train is handed for one seed."""
     settings, callbacks = Settings(nested(flat)), list[Callback]([Seed(seed)])
     settings.number, settings.seed, settings.folder = number, seed, None
-    if (folder := folder_of(job.storage)) is not None:
+    if (folder := folder_of(job.storage, job.name)) is not None:
         settings.folder = folder / (f"trial-{number:05}" + (f"-seed-{seed}" if job.seeds[1:] else ""))
         shown = {name: what if isinstance(what, int | float | str) else str(what) for name, what in flat.items()}
         callbacks.append(TensorBoard(settings.folder, settings=shown))
     return settings, callbacks
 
 
-def folder_of(storage: Any) -> Path | None:
-    """Return the folder that a storage is, None for a database and for memory."""
-    return None if storage is None or is_url(storage) else Path(storage)
+def folder_of(storage: Any, name: str = NAME) -> Path | None:
+    """Return the folder of a search's runs and tables, one inside the storage's for another name; None for database and memory."""
+    return None if storage is None or is_url(storage) else Path(storage) / ("" if name == NAME else name)
 
 
 def result(ended: Any, metric: str, trial: int) -> float:
@@ -232,54 +230,3 @@ def result(ended: Any, metric: str, trial: int) -> float:
             raise MetricMissing(f"metric={metric!r} is not among what train gave: {there}")
         metrics = metrics[metric]
     return number_of(metric, metrics)
-
-
-def spread(job: Job, jobs: int, cores: int) -> None:
-    """Run trials in so many processes; one that dies is replaced, an error of the program's own ends all."""
-    try:
-        pickle.dumps(job)
-    except Exception as error:
-        raise TypeError(f"jobs={jobs} starts processes, which need train, and what it holds, to be found by name in a module "
-                        f"({error}); move it there, or start this program several times with one storage") from error  # fmt: skip
-    context = multiprocessing.get_context("spawn")
-    running: dict[Any, tuple[Any, Any]] = {}
-
-    def start() -> None:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(job, max(1, cores // jobs), theirs), daemon=False)
-        process.start()
-        theirs.close()
-        running[process.sentinel] = process, ours
-
-    try:
-        for _ in range(jobs):
-            start()
-        while running:
-            for sentinel in multiprocessing.connection.wait(list(running)):
-                process, pipe = running.pop(sentinel)
-                process.join()
-                if process.exitcode and process.exitcode < 0:
-                    log.warning("a process of the search ended by signal %d; another takes its place", -process.exitcode)
-                    start()
-                elif process.exitcode:
-                    raise pipe.recv() if pipe.poll() else RuntimeError(f"a process of the search ended with {process.exitcode}")
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join()
-
-
-def child(job: Job, threads: int, pipe: Any) -> None:
-    """Work in a process of its own."""
-    torch.set_num_threads(threads)
-    try:
-        work(job, study_of(job))
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)
-        try:
-            pickle.loads(pickle.dumps(error))
-            pipe.send(error)
-        except Exception:
-            pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
-        raise SystemExit(1) from None
