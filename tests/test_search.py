@@ -193,7 +193,7 @@ def test_what_a_process_of_the_search_ends_with_is_told_or_made_good(tmp_path: P
     assert [row.state for row in found.trials] == ["complete", "fail", "complete"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("SIGINT", "SIGTERM")), "SIGKILL"])
 def test_the_processes_of_a_search_end_with_it_and_give_their_trials_back(name: str, tmp_path: Path) -> None:
     """None goes on alone, and no trial is held to have ended its process itself, which would count against it."""
     notes = tmp_path / "notes"

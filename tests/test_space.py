@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from hookloop.loop import Goal
 from hookloop.loop.study import integers, log_uniform, uniform, when
 from hookloop.loop.study.space import Space, nested
-from hookloop.loop.study.worker import sampler
+from hookloop.loop.study.worker import Job, sampler
 
 optuna = pytest.importorskip("optuna")
 
@@ -62,10 +63,10 @@ def test_whole_numbers_are_points() -> None:
 
 def draws(space: dict[str, Any], count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Settings as a search draws them: by a sampler anew for each trial."""
-    study = optuna.create_study()
-    found = []
+    study, found = optuna.create_study(), []
+    job = Job(len, space, "random", count, Goal("x"), None, "search", (seed,), False, seed, 1.0, 1)
     for number in range(count):
-        study.sampler = sampler("random", seed, number)
+        study.sampler = sampler(job, Space(space), number)
         found.append(Space(space).suggest(study.ask()))
     return found
 
