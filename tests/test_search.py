@@ -170,6 +170,19 @@ def test_hp1_a_trial_that_fails_is_recorded_and_the_search_goes_on(url: bool, tm
     assert grid_search(fails, {"x": [0, 1, 2, 3, 4]}, mode="max", prune=False).best.number == 4
 
 
+def test_a_train_that_ends_as_an_objective_of_optunas_was_pruned() -> None:
+    def prunes(settings: Any, callbacks: Any) -> float:
+        if settings["x"] == 2:
+            raise optuna.TrialPruned
+        return float(settings["x"])
+
+    assert [row.state for row in grid_search(prunes, {"x": [1, 2, 3]}, prune=False).trials] == [
+        "complete",
+        "pruned",
+        "complete",
+    ]
+
+
 def test_where_all_fail_the_search_says_so(tmp_path: Path) -> None:
     def fails(settings: Any, callbacks: Any) -> float:
         return float(settings["y"])
@@ -649,10 +662,11 @@ def test_jobs_need_what_other_processes_find(tmp_path: Path) -> None:
         grid_search(lambda s, c: 1.0, {"x": [1, 2]}, storage=tmp_path, jobs=2, prune=False)
 
 
-def test_a_journal_that_was_cut_off_in_a_line_is_mended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [1, 2**21])
+def test_a_journal_that_was_cut_off_in_a_line_is_mended(length: int, tmp_path: Path) -> None:
     first = random_search(number, {"x": uniform(0, 1)}, 2, storage=tmp_path, prune=False)
     with open(tmp_path / "trials.journal", "ab") as file:
-        file.write(b'{"op_code":5,"worker_id":"1')
+        file.write(b'{"op_code":5,"worker_id":"' + b"1" * length)
     again = random_search(number, {"x": uniform(0, 1)}, 4, storage=tmp_path, prune=False)
     assert rows(again)[:2] == rows(first)
     assert len(rows(again)) == 4

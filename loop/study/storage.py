@@ -100,9 +100,10 @@ class Lock:
 
         self._file = open(self.path, "r+b")  # noqa: SIM115  # until release
         fcntl.flock(self._file, fcntl.LOCK_EX)
-        end = self._file.seek(0, os.SEEK_END)
-        self._file.seek(max(0, end - 2**20))
-        tail = self._file.read()
+        end, size, tail = self._file.seek(0, os.SEEK_END), 1, b""
+        while len(tail) < end and b"\n" not in tail:  # as a rule the last byte is one
+            self._file.seek(max(0, end - size))
+            tail, size = self._file.read(), 8 * size
         if tail and not tail.endswith(b"\n"):
             self._file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
         return True

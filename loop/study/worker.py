@@ -100,24 +100,23 @@ def pruner(prune: Any) -> Any:
 def study_of(job: Job) -> Any:
     """Return the study of a search, made if it is missing; raises ValueError for one of other settings."""
     optuna, direction = engine(), {"min": "minimize", "max": "maximize"}[job.goal.mode]
+    mine = {"space": Space(job.space).text(), "method": job.method, "metric": job.goal.metric, "mode": job.goal.mode,
+            "seeds": list(job.seeds), "seed": job.seed}  # fmt: skip
     talks = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(talks, optuna.logging.WARNING))  # that a study was made is no news here
     try:
         if folder_of(job.storage) is not None:
             Path(job.storage).mkdir(parents=True, exist_ok=True)
-        with alone(job.storage):  # or two make a database's tables at once
+        with alone(job.storage):  # or two make a database's tables at once, or each takes the study for its own
             study = optuna.create_study(storage=opened(job.storage), study_name=job.name, direction=direction,
                                         load_if_exists=True, pruner=pruner(job.prune))  # fmt: skip
+            if (there := study.user_attrs.get("search")) is None:
+                study.set_user_attr("search", mine)
     finally:
         optuna.logging.set_verbosity(talks)
-    mine = {"space": Space(job.space).text(), "method": job.method, "metric": job.goal.metric, "mode": job.goal.mode,
-            "seeds": list(job.seeds), "seed": job.seed}  # fmt: skip
-    there = study.user_attrs.get("search")
     if there is not None and (odd := [f"{k}: {there.get(k)} there, {v} here" for k, v in mine.items() if there.get(k) != v]):
         raise ValueError(f"storage {str(job.storage)!r} holds another search ({'; '.join(odd)}); give the same settings, or "
                          "another storage or name=")  # fmt: skip
-    if there is None:
-        study.set_user_attr("search", mine)
     return study
 
 
@@ -160,6 +159,8 @@ def run(job: Job, study: Any, space: Space, found: Any) -> None:
             ended = job.train(settings, [*callbacks, watch, *([] if prune is None else [prune])])
         except MetricMissing:
             raise
+        except optuna.TrialPruned:  # as an objective of Optuna's own says it
+            pruned = True
         except Exception as problem:
             error = "".join(traceback.format_exception_only(problem)).strip()
             trace = "".join(traceback.format_exception(problem))[-4000:]
