@@ -595,6 +595,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "grid with trials": ({"method": "grid", "trials": 5}, ValueError, "a grid says its trials itself, 2 here"),
     "jobs": ({"jobs": 10_000, "storage": "x"}, ValueError, r"jobs=10000 is more than the \d+ cores"),
     "jobs in memory": ({"jobs": 2}, ValueError, "jobs=2 share their trials through a storage: give storage="),
+    "jobs in SQLite's memory": ({"jobs": 2, "storage": "sqlite://"}, ValueError, "jobs=2 share their trials through a storage"),
+    "huge seed": ({"seed": 2**64}, ValueError, r"seed must be from 0 to 2\*\*64 - 1, not 18446744073709551616"),
     "no jobs": ({"jobs": 0}, ValueError, "jobs must be a whole number, at least 1, not 0"),
     "seeds": ({"seeds": 0}, ValueError, "seeds must be a whole number, at least 1, not 0"),
     "seed": ({"seed": "0"}, ValueError, "seed must be"),

@@ -14,7 +14,7 @@ from .jobs import spread
 from .repeat import stats
 from .searched import Searched, gathered
 from .space import Space
-from .storage import engine, located
+from .storage import engine, in_memory, located
 from .worker import NAME, Job, Train, folder_of, pruner, study_of, trials_of, work
 
 
@@ -51,7 +51,7 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
         whole("trials", trials, 1, none=False)
     if jobs > (cores := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1):
         raise ValueError(f"jobs={jobs} is more than the {cores} cores that there are")
-    if jobs > 1 and storage is None:
+    if jobs > 1 and (storage is None or in_memory(storage)):
         raise ValueError(f"jobs={jobs} share their trials through a storage: give storage=, a folder")
     if not callable(train):
         raise TypeError(f"train must be a function of settings and callbacks, not {train!r:.60}")
@@ -62,6 +62,8 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     except ValueError:  # a function in C tells nothing
         pass
     whole("seed", seed, 0, none=False)
+    if seed + seeds > 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - {seeds}, not {seed}")
     if isinstance(interval, bool) or not isinstance(interval, int | float) or not 0 < interval < math.inf:
         raise ValueError(f"interval must be a finite number of seconds above 0, not {interval!r}")
     if not isinstance(name, str) or name in ("", ".", "..") or os.path.basename(name) != name:

@@ -68,6 +68,11 @@ def database(url: str) -> str | None:
     return file if kind.startswith("sqlite") and file not in ("", ":memory:") and not file.startswith("file:") else None
 
 
+def in_memory(url: str) -> bool:
+    """Tell an SQLite database that each process has for itself."""
+    return url.startswith("sqlite:") and url.partition(":///")[2].partition("?")[0] in ("", ":memory:")
+
+
 @contextlib.contextmanager
 def alone(storage: str | None) -> Iterator[None]:
     """Let one process at a time run the body: what looks at a trial and then takes it must not be overtaken between the two.
