@@ -20,22 +20,23 @@ from .worker import NAME, Job, Train, folder_of, pruner, study_of, trials_of, wo
 
 def search(train: Train, space: Mapping[str, Any], method: str = "random", trials: int | None = None, metric: str = "val_loss",
            mode: str = "min", storage: str | os.PathLike[str] | None = None, seeds: int = 1, jobs: int = 1, prune: Any = True, *,
-           seed: int = 0, name: str = NAME, interval: float = 30.0, tries: int = 5) -> Searched:  # fmt: skip
+           seed: int = 0, name: str = NAME, interval: float = 30.0, tries: int = 25) -> Searched:  # fmt: skip
     """Train with settings drawn from a space, each over `seeds` seeds, record all of it, and say what beats what beyond chance.
 
     `train(settings, callbacks)` builds a model, trains it in a Loop with its own callbacks and these (Seed, TensorBoard, what
-    keeps scores and prunes), and returns the state, a mapping of metrics (of which the last value counts), or the number itself,
-    such as the best value. `space`: name -> a list,
-    `uniform`, `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every point once; `trials` is not
-    given), "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of Optuna's, or False. `storage`: a
-    folder, made if it is missing, that holds trials, runs and tables, or a database's URL; any number of processes may search
-    in one at once, several searches each by a `name` (in a folder then a folder of its own in it), and one that is started
-    again goes on: a trial whose process is gone (told by its number on the same machine, elsewhere by two `interval` seconds
-    without a sign) is run again under its number, up to `tries` times. `seed` says every draw: the same trials come out, in
-    any number of processes. A trial that raises, runs out of memory or ends not finite is recorded, and the search goes on.
-    `jobs` processes run here, each with its share of the cores; what is started as `__main__` needs the usual guard then.
-    Raises TypeError or ValueError for bad settings and for a storage that holds another search, KeyError for a metric that
-    never comes, RuntimeError where every trial failed.
+    keeps scores and prunes), and returns the state, a mapping of metrics, of which the last value counts, or the number itself.
+    What it changes in the process itself, such as torch's default dtype, stays for the trials after it: set that in each.
+    `space`: name -> a list, `uniform`,
+    `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every point once; `trials` is not given),
+    "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of Optuna's, or False. `storage`: a folder,
+    made if it is missing, that holds trials, runs and tables, or a database's URL; any number of processes may search in one
+    at once, several searches each by a `name` (in a folder then a folder of its own in it), and one that is started again goes
+    on: a trial whose process is gone (told by its number on the same machine, elsewhere by two `interval` seconds without a
+    sign) is run again under its number, up to `tries` times. `seed` says every draw: the same trials come out, in any number
+    of processes. A trial that raises, runs out of memory or ends not finite is recorded, and the search goes on. `jobs`
+    processes run here, each with its share of the cores; what is started as `__main__` needs the usual guard then. Raises
+    TypeError or ValueError for bad settings and for a storage that holds another search, KeyError for a metric that never
+    comes, RuntimeError where every trial failed.
     (Bergstra and Bengio 2012; TPE: Bergstra et al. 2011; the engine: Akiba et al. 2019, https://arxiv.org/abs/1907.10902)
     """
     engine()
