@@ -26,9 +26,9 @@ def search(train: Train, space: Mapping[str, Any], method: str = "random", trial
     `train(settings, callbacks)` builds a model, trains it in a Loop with its own callbacks and these (Seed, TensorBoard, what
     keeps scores and prunes), and returns the state, a mapping of metrics, of which the last value counts, or the number itself.
     What it changes in the process itself, such as torch's default dtype, stays for the trials after it: set that in each.
-    `space`: name -> a list, `uniform`,
-    `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every point once; `trials` is not given),
-    "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of Optuna's, or False. `storage`: a folder,
+    `space`: name -> a list, `uniform`, `log_uniform`, `integers`, `when(...)`, or a dict of these. `method`: "grid" (every
+    point once; `trials` is not given), "random", or "tpe". `prune`: True or "median", "halving", "hyperband", a pruner of
+    Optuna's, or False, which alone leaves a run's end to no other run's speed. `storage`: a folder,
     made if it is missing, that holds trials, runs and tables, or a database's URL; any number of processes may search in one
     at once, several searches each by a `name` (in a folder then a folder of its own in it), and one that is started again goes
     on: a trial whose process is gone (told by its number on the same machine, elsewhere by two `interval` seconds without a
