@@ -1163,7 +1163,15 @@ def raw(x: torch.Tensor) -> Any:
     if x.is_quantized:
         return raw(x.int_repr()), x.q_scale(), x.q_zero_point()
     return (
-        x.detach().resolve_conj().resolve_neg().contiguous().clone().reshape(-1).view(torch.uint8).tolist() if x.numel() else []
+        x.detach()
+        .resolve_conj()
+        .resolve_neg()
+        .reshape(-1)
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.uint8)
+        .tolist()
+        if x.numel()
+        else []
     )
 
 
