@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVEL = 0.05
+MOST = 12  # values of a list, beyond which fANOVA takes minutes, as each is a column of its own
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Searched(Picture):
         return made
 
     def write(self, folder: Path) -> None:
-        """Write results.md, results.csv and results.json into a folder, and importance.png where it can be computed."""
+        """Write results.md, results.csv and results.json into a folder, and importance.png where that takes no minutes."""
         rows = [asdict(row) for row in self.trials]
         replace(folder / "results.md", self.table(None) + "\n")
         held = plain({"metric": self.metric, "mode": self.mode, "trials": rows})
@@ -165,6 +166,9 @@ class Searched(Picture):
             settings = [str(row.settings[name]) if name in row.settings else "" for name in names]
             out.writerow([row.number, row.state, *settings, row.mean if row.values else "", row.seconds, row.error])
         replace(folder / "results.csv", file.getvalue())
+        lists = [d for trial in self.study.trials for d in trial.distributions.values() if hasattr(d, "choices")]
+        if any(len(each.choices) > MOST for each in lists):
+            return
         with (
             contextlib.suppress(ImportError, ValueError, RuntimeError, AssertionError),
             warnings.catch_warnings(action="ignore"),
