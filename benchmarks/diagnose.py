@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookloop.callbacks import Diagnose, Schedule, Seed
-from hookloop.callbacks.curves import Point
+from hookloop.callbacks.loss_curve import Point
 from hookloop.callbacks.verdicts import verdict
 from hookloop.loop import Loop
 

@@ -14,7 +14,7 @@ from ..loop.callback import Callback
 from ..loop.goal import number
 from ..loop.host import HostCopy
 from ..loop.state import State
-from .curves import Interval, Point
+from .loss_curve import Interval, Point
 from .verdicts import KINDS, Finding, verdict
 
 CHUNK = 64  # losses copied at once, so that a step costs a list's append

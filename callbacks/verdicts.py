@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .curves import Point
+from .loss_curve import Point
 
 KINDS = ("divergence", "rate_too_high", "noise", "overfitting", "plateau", "rate_too_low", "underfitting")
 # Tuned on seeds 0 to 2 of benchmarks/diagnose.py. WINDOW: reports that make a trend; STEADY: the share of the loss that a run

@@ -13,12 +13,12 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
 from .chunk import Chunk, piece
-from .diagnose import STOPPED, explain, in_sequence, miscounted, shut_down
 from .goal import number
 from .guards import back_to_eval, modes_of, name_devices
 from .mean import Mean
 from .order import apart
 from .outputs import checked, detached, single, weight_of
+from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
 from .rng import derive, isolated
 from .state import State, computed
 

@@ -13,8 +13,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from . import batch as batches
 from .checks import refuse
 from .chunk import Chunk, fresh, own, piece
-from .diagnose import STOPPED, died, explain, miscounted, shut_down, unsharded
 from .order import Order, length
+from .reading import STOPPED, died, explain, miscounted, shut_down, unsharded
 from .rng import derive, generators, isolated, mix, seed_streams
 from .shape import SAID, convertible, misfit, says_where, shape
 from .store import plain

@@ -183,8 +183,8 @@ class Graphs(Eager):
             raise
         except RuntimeError as error:
             say(error, f"CUDAGraph could not record {what}{where(error)}: nothing in it may wait for the device (.item(), "
-                           "float(), bool() or `if` of a tensor, .cpu(), nonzero), nor hang on values; keep it on the device "
-                           "(torch.where), or leave CUDAGraph out")  # fmt: skip
+                       "float(), bool() or `if` of a tensor, .cpu(), nonzero), nor hang on values; keep it on the device "
+                       "(torch.where), or leave CUDAGraph out")  # fmt: skip
             raise
 
     def update(self, loop: Session) -> None:

@@ -61,6 +61,13 @@ def named(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Paramete
     return modules, {clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def nothing(rule: Rule, names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    """Say that a rule matches nothing, and which names, or classes, are the closest."""
+    known = names if isinstance(rule, str) else {type(module).__name__ for module in modules.values()}
+    near = get_close_matches(getattr(rule, "__name__", str(rule)), sorted(known), 3, 0)
+    return f"matches nothing; the closest are {', '.join(near)}"
+
+
 def select(argument: str, rules: Iterable[Rule], model: nn.Module, among: Container[Any]) -> set[Any]:
     """Return which modules or parameters in `among` the rules match; raises ValueError for one that matches none."""
     modules, parameters = named(model)
@@ -69,9 +76,7 @@ def select(argument: str, rules: Iterable[Rule], model: nn.Module, among: Contai
     for rule in rules:
         hits = {x for name, x in pool.items() if matches(rule, name, modules)}
         if not hits:
-            known = pool if isinstance(rule, str) else {type(m).__name__: m for m in modules.values()}
-            near = get_close_matches(getattr(rule, "__name__", str(rule)), known, 3, 0)
-            raise ValueError(f"{argument} has {rule!r}, which matches nothing; the closest are {', '.join(near)}")
+            raise ValueError(f"{argument} has {rule!r}, which {nothing(rule, pool, modules)}")
         found |= hits
     return found
 
@@ -87,9 +92,7 @@ def by_rules(model: nn.Module, rules: Mapping[Rule, T],
         hits = {p: n for n, p in parameters.items() if matches(rule, n, modules)}
         mine, problem = {p: n for p, n in hits.items() if p not in found}, ""
         if not hits:
-            pool = parameters if isinstance(rule, str) else {type(m).__name__: m for m in modules.values()}
-            near = get_close_matches(getattr(rule, "__name__", str(rule)), pool, 3, 0)
-            problem = f"matches nothing; the closest are {', '.join(near)}"
+            problem = nothing(rule, parameters, modules)
         elif not mine:
             problem = f"decides nothing, since rules before it match {[*hits.values()][:3]}; put it first"
         elif why := idle(value, mine.keys()):

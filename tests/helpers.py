@@ -30,6 +30,16 @@ class Samples(Dataset):
         return self.x[i], self.y[i], i
 
 
+class Reported(Callback):
+    """Keeps what each report gave for a metric."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric, self.seen = metric, list[float]()
+
+    def on_validation_end(self, state: State) -> None:
+        self.seen.append(state.metrics[self.metric])
+
+
 def loss_fn(model: nn.Module, batch: Any) -> Any:
     logits = model(batch[0])
     loss = nn.functional.cross_entropy(logits, batch[1])

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from hookloop.callbacks import Checkpoint, Diagnose, EarlyStopping, Seed, TensorBoard, Warmup
-from hookloop.callbacks.curves import Interval, Point
+from hookloop.callbacks.loss_curve import Interval, Point
 from hookloop.callbacks.verdicts import KINDS, REMEDIES, Finding, verdict
 from hookloop.loop import Loop, State
 

@@ -281,7 +281,7 @@ def test_dl10_dl11_dl13_in_an_evaluation(fault: str, workers: int, tmp_path: Pat
 
 
 def test_dl14_a_slow_data_set_is_not_read_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hookloop.loop.diagnose.SECONDS", 0.3)
+    monkeypatch.setattr("hookloop.loop.reading.SECONDS", 0.3)
     reads = list[int]()
 
     class Slow(Samples):

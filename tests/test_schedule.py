@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from helpers import FORMS, Reported, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
@@ -209,14 +209,7 @@ def test_by_epoch(form: Any) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on", ["val_loss", Goal("val_loss"), Goal("val_accuracy", mode="max")])
 def test_on_a_metric(form: Any, on: Any) -> None:
-    class Values(Callback):
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-
-        def on_validation_end(self, state: Any) -> None:
-            self.seen.append(state.metrics[Goal.of(on).metric])
-
-    model, values, rates = net(), Values(), Rates()
+    model, values, rates = net(), Reported(Goal.of(on).metric), Rates()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     mode = Goal.of(on).mode
     schedule = Schedule(lambda o, n: lrs.ReduceLROnPlateau(o, mode, 0.5, patience=0, threshold=0.2), on=on)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from helpers import FORMS, KillAt, Killed, Reported, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -256,14 +256,7 @@ def test_a_rate_that_is_a_tensor_is_filled() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("on", ["val_loss", Goal("val_accuracy", mode="max")])
 def test_plateau_follows_a_metric(form: Any, on: Any) -> None:
-    class Values(Callback):
-        def __init__(self) -> None:
-            self.seen: list[float] = []
-
-        def on_validation_end(self, state: Any) -> None:
-            self.seen.append(state.metrics[Goal.of(on).metric])
-
-    model, values, rates = net(), Values(), Rates()
+    model, values, rates = net(), Reported(Goal.of(on).metric), Rates()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = Schedule("plateau", on=on, factor=0.5, patience=0, threshold=0.2)
     loop = Loop(model, optimizer, [rates, schedule, values])

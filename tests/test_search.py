@@ -458,6 +458,14 @@ def test_without_a_spread_the_table_says_so() -> None:
     assert "The same with every seed: 0, 1. Does train build all anew? Without a spread nothing tells chance" in str(found)
 
 
+def test_importance_of_a_long_list_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    found = grid_search(number, {"x": list(range(13))}, storage=tmp_path, prune=False)
+    with pytest.raises(ValueError, match="'x' is a list of 13 values, and the time that fANOVA takes doubles with each"):
+        found.importance()
+    assert (tmp_path / "results.md").exists()
+    assert not (tmp_path / "importance.png").exists()
+
+
 def test_what_chance_could_have_done_is_marked() -> None:
     clock = random.Random(0)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import whole
 from ..loop import Loop
+from .look_ahead import LookAhead, LossFn, check_free, untouched
 from .pictures import Picture, figure
-from .trial import LossFn, Trial, check_free, untouched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,10 +107,10 @@ def find_rate(loop: Loop, loss_fn: LossFn, loader: Any, start: float = 1e-7, end
         raise ValueError(f"smooth must be at least 0 and below 1, not {smooth!r}")
     check_free(loop, loss_fn, loader, "find_rate")
     rates, losses, smoothed = list[float](), list[float](), list[float]()
-    with untouched(loop, loader), Trial(loop, loss_fn, loader, micro_batch_size) as trial:
+    with untouched(loop, loader), LookAhead(loop, loss_fn, loader, micro_batch_size) as ahead:
         for number in range(steps):
             rate = start * (end / start) ** (number / (steps - 1))
-            loss = trial.update(rate)
+            loss = ahead.update(rate)
             if not rates and not math.isfinite(loss):
                 raise ValueError(AT_ONCE.format(loss))
             if not math.isfinite(loss):
@@ -156,8 +156,8 @@ def try_rates(loop: Loop, loss_fn: LossFn, loader: Any, rates: Found | Mapping[s
     losses: dict[str, tuple[float, ...]] = {}
     for name, rate in named.items():
         found = list[float]()
-        with untouched(loop, loader), Trial(loop, loss_fn, loader, micro_batch_size) as trial:
-            while len(found) < steps and math.isfinite(loss := trial.update(rate)):
+        with untouched(loop, loader), LookAhead(loop, loss_fn, loader, micro_batch_size) as ahead:
+            while len(found) < steps and math.isfinite(loss := ahead.update(rate)):
                 found.append(loss)
         if not found:
             raise ValueError(AT_ONCE.format(loss))

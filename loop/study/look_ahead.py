@@ -48,8 +48,8 @@ def check_free(loop: Any, loss_fn: Any, loader: Any, who: str) -> None:
         raise TypeError(f"loader is an iterator ({type(loader).__name__}), and what is read from it is gone; give what can be "
                         "iterated again, such as a DataLoader")  # fmt: skip
     if callable(getattr(loader, "load_state_dict", None)):
-        raise TypeError(f"loader, a {type(loader).__name__}, keeps its own position, which a trial would move; give a DataLoader "
-                        "of its own over the same data")  # fmt: skip
+        raise TypeError(f"loader, a {type(loader).__name__}, keeps its own position, which a look ahead would move; give a "
+                        "DataLoader of its own over the same data")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def untouched(loop: Loop, loader: Any) -> Iterator[None]:
             loop.optimizer_steps = counted
 
 
-class Trial:
+class LookAhead:
     """Updates of the size that the run's next one has, each at a rate that is given; inside `untouched`."""
 
     def __init__(self, loop: Loop, loss_fn: LossFn, loader: Any, micro_batch_size: int | None) -> None:
@@ -102,7 +102,7 @@ class Trial:
         self.feed = Feed(loop.cut, loop.measure, True)
         self.feed.loader, self.feed._source = loader, endless(loader)
 
-    def __enter__(self) -> Trial:
+    def __enter__(self) -> LookAhead:
         return self
 
     def __exit__(self, *error: Any) -> None:
