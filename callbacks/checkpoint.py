@@ -52,9 +52,10 @@ class Checkpoint(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
-        self._place.open(state.step)
-        self._writer.run(lambda: None, self._prune)  # what a kill cut off
-        self._writer.settle()
+        if state.ranks.first:
+            self._place.open(state.step)
+            self._writer.run(lambda: None, self._prune)  # what a kill cut off
+            self._writer.settle()
         self._saved_at = time.monotonic()
 
     def on_step_end(self, state: State) -> None:
@@ -85,6 +86,9 @@ class Checkpoint(Callback):
             return self._writer.saved
         contents, copies = capture(), store.Copies()
         contents.check()
+        self._saved_at = time.monotonic()
+        if not state.ranks.first:
+            return True
         if self._writer.background:
             self._writer.settle()
             contents.model, contents.state = copies.of(contents.model), copies.of(contents.state)
@@ -93,7 +97,6 @@ class Checkpoint(Callback):
             copies.wait()
             state.saved = str(store.write(self.folder, contents, reasons, self._known))
 
-        self._saved_at = time.monotonic()
         return self._writer.run(save, self._prune)
 
     def _prune(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from ..loop.callback import Callback
 from ..loop.checks import among, say, share, whole
 from ..loop.memory import memory_of, out_of_memory, too_small
-from ..loop.ranks import smallest
 from ..loop.sizes import Sizes
 from ..loop.state import State
 
@@ -68,11 +67,11 @@ class MicroBatch(Callback):
         if timed and (seconds := memory.seconds(*timed[2:])) is not None:
             self._timed = None
             self.sizes.timing(timed[0], timed[1] / max(seconds, 1e-9))
-        if state.step % EVERY and (state.step > 2 * EVERY if state.world > 1 else self.settled or self._timed):
+        if state.step % EVERY and (state.step > 2 * EVERY if state.ranks.together else self.settled or self._timed):
             return
         self._base, now = memory.allocated(), self.train
         size, self.settled = self.sizes.choose(now, self.sizes.last, self.headroom * memory.capacity() - self._base)
-        self.train = smallest(size, state.world)
+        self.train = state.ranks.smallest(size)
         if self.train != now:
             log.info("step %d: micro-batches of %d samples, after %s", state.step, self.train, now)
             self.on_fit_start(state)

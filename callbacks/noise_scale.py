@@ -11,7 +11,6 @@ from torch import Tensor
 from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.host import HostCopy
-from ..loop.ranks import smallest
 from ..loop.state import State, values_of
 from .batch_policies import Grow, Policy
 
@@ -55,7 +54,7 @@ class NoiseScale(Policy, Callback):
         self.means = torch.zeros(2)  # of the noise and of the signal
         self.count, self.growths, self._measured, self._decided = 0, 0, -1, -1
         self._host, self._seen = HostCopy(), dict[str, float]()
-        self._small: tuple[Tensor, Any] | None = None
+        self._small: tuple[Tensor, Any] | None = None  # squared norm, and what share of the update it is of
 
     def on_step_start(self, state: State) -> None:
         """Have the update that will be measured hold two micro-batches at least."""
@@ -74,16 +73,18 @@ class NoiseScale(Policy, Callback):
         norm = wide(torch.nn.utils.get_total_norm([values_of(grad) for grad in state.grads]))
         if state.scaler is not None:
             norm = norm / state.scaler.scale(torch.ones_like(norm))
-        self._small = (norm / micro.share) ** 2, micro.share * state.update_size
+        self._small = (norm / micro.share) ** 2, micro.share
 
     def on_before_optimizer_step(self, state: State) -> None:
         """Take the norm after the last, and log the scale."""
-        if self._small is None or state.grad_norm is None:
+        among_ranks = state.ranks.together and self._due(state)  # of which one may have run out of data
+        if (self._small is None and not among_ranks) or state.grad_norm is None:
             if self._due(state) and not self.count and state.update_size == 1:
                 log.warning("NoiseScale can't measure updates of one sample: begin with a batch of 2, or accumulate")
             return
-        norm, (small, few), self._small, self._measured = wide(state.grad_norm), self._small, None, state.step
-        new = torch.stack(two_batch_estimate(small, norm**2, few, state.update_size * state.world))
+        norm, found, self._small, self._measured = wide(state.grad_norm), self._small, None, state.step
+        small, few, many = self._over_ranks(state, norm, found)
+        new = torch.stack(two_batch_estimate(small, norm**2, few, many))
         old = self.means.to(norm.device)  # restored ones lie on the host
         good = torch.isfinite(new).all()  # one bad gradient must not stay in the averages
         self.means = torch.where(good, self.smoothing * old + (1 - self.smoothing) * new, old)
@@ -92,16 +93,24 @@ class NoiseScale(Policy, Callback):
         self._host.pending.clear()  # only the latest counts, and where nobody asks for a size none is taken
         self._host.put(self.count, {"noise": self.means[0], "signal": self.means[1]})
 
+    def _over_ranks(self, state: State, norm: Tensor, found: tuple[Tensor, Any] | None) -> tuple[Any, Any, Any]:
+        """Return the squared norm, and of how many samples it is, as their means over ranks, and the samples of all."""
+        if not state.ranks.together:
+            assert found is not None
+            return found[0], found[1] * state.update_size, state.update_size
+        mine = [0.0, 0.0] if found is None else [found[0], 1 / found[1]]
+        row = torch.stack([torch.as_tensor(x, dtype=norm.dtype, device=norm.device) for x in (*mine, state.update_size)])
+        small, parts, many = state.ranks.total(row)
+        return small / state.world, many / parts, many  # not finite, and left out, where no rank measured
+
     def size(self, state: State, grow: Grow) -> int:
         """Return the batch size that the noise measured so far asks for."""
         before, self._decided = self._decided, state.step - state.step % self.every
-        if before != self._decided:
-            if self._drained() and self.count >= 1 / (1 - self.smoothing):
-                more = next((k for k in range(self.growths + 1, self.growths + 1000) if grow(k) > grow(self.growths)), None)
-                if more is not None and self._seen["noise"] > grow(more) * self._seen["signal"]:
-                    self.growths = more
-                self._seen = {}
-            self.growths = smallest(self.growths, state.world)  # asked by all, whatever each has measured
+        if before != self._decided and self._drained() and self.count >= 1 / (1 - self.smoothing):
+            more = next((k for k in range(self.growths + 1, self.growths + 1000) if grow(k) > grow(self.growths)), None)
+            if more is not None and self._seen["noise"] > grow(more) * self._seen["signal"]:
+                self.growths = more
+            self._seen = {}
         return grow(self.growths)
 
     def _drained(self) -> bool:

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..loop.callback import Callback
@@ -68,10 +69,12 @@ class NonFinite(Callback):
     def _check(self, state: State) -> None:
         self._read(state)  # of the update before: its work is done, while this one's is queued
         loss, self._loss = state.given_loss if self._loss is None else self._loss, None
-        if not (found := watched(state, loss, self._buffers or ())):
+        if not (found := watched(state, loss, self._buffers or ())) and not state.ranks.together:
             return
-        good = finite([tensor for _, tensor in found])
-        self._host.put((state.step, [owner for owner, _ in found]), {"good": good}, most_dims=1)
+        good, owners = finite([tensor for _, tensor in found]), [owner for owner, _ in found]
+        if state.ranks.together:  # one verdict for all
+            good, owners = torch.cat([good, state.ranks.all(good.all())[None]]), [*owners, "what another rank holds"]
+        self._host.put((state.step, owners), {"good": good}, most_dims=1)
         if self.action == "stop":
             self._read(state, all=False)
         else:

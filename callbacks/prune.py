@@ -7,6 +7,7 @@ from typing import Any
 
 from ..loop.callback import Callback
 from ..loop.goal import number
+from ..loop.ranks import rank_and_world
 from ..loop.state import State
 
 
@@ -20,12 +21,16 @@ class Prune(Callback):
     The trial is told every value under the report's number, from 0, so that trials of other batch sizes compare; a resumed
     run goes on counting. `pruned` says whether it ended training: the run ends as by EarlyStopping, files closed, the last
     checkpoint whole. In a study of your own raise `optuna.TrialPruned()` then. Raises TypeError for what is no trial, KeyError
-    for a metric that was not reported. (Median rule: Golovin et al. 2017; successive halving: Jamieson and Talwalkar 2016,
+    for a metric that was not reported. Of several ranks the first has the trial, the others give None, and all stop at the same
+    report. (Median rule: Golovin et al. 2017; successive halving: Jamieson and Talwalkar 2016,
     https://arxiv.org/abs/1502.07943; hyperband: Li et al. 2018, https://arxiv.org/abs/1603.06560)
     """
 
     def __init__(self, trial: Any, metric: str = "val_loss") -> None:
-        if isinstance(trial, type) or not all(callable(getattr(trial, name, None)) for name in ("report", "should_prune")):
+        elsewhere = trial is None and rank_and_world()[0] > 0
+        if not elsewhere and (
+            isinstance(trial, type) or not all(callable(getattr(trial, name, None)) for name in ("report", "should_prune"))
+        ):
             raise TypeError(f"trial must be one of Optuna's, with report and should_prune, not {trial!r:.60}")
         if not isinstance(metric, str) or not metric:
             raise ValueError(f"metric must be the name of a metric, such as 'val_loss', not {metric!r}")
@@ -44,10 +49,12 @@ class Prune(Callback):
                 f"Prune watches {self.metric!r}, which was not reported; there are: {', '.join(sorted(state.reported))}"
             )
         self.scores[state.step] = value = number(self.metric, state.metrics[self.metric])
-        with warnings.catch_warnings(action="ignore"):  # one that is taken up again reports what it reported before
-            self.trial.report(value, self.reports)
+        if self.trial is not None:
+            with warnings.catch_warnings(action="ignore"):  # one that is taken up again reports what it reported before
+                self.trial.report(value, self.reports)
+            self.pruned = self.pruned or bool(self.trial.should_prune())
         self.reports += 1
-        self.pruned = self.pruned or bool(self.trial.should_prune())
+        self.pruned = any(row[0] for row in state.ranks.agree("prunes", self.pruned))
         self._decide(state)
 
     def _decide(self, state: State) -> None:

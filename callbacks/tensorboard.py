@@ -55,13 +55,13 @@ class TensorBoard(Callback):
     def on_step_end(self, state: State) -> None:
         """Log what is due, write what has arrived."""
         self._events.step = state.step
-        if self._due(state.step):
+        if self._due(state.step) and self._events.file is not None:
             self._log(state)
         elif self._events.host.pending:
             self._events.drain()
 
     def _due(self, step: int) -> bool:
-        return (step % self.every == 0 or step == 1) and self._events.file is not None
+        return step % self.every == 0 or step == 1
 
     def _log(self, state: State) -> None:
         groups, (step, samples, since), now = state.optimizer.param_groups, self._mark, time.perf_counter()

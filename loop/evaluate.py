@@ -21,6 +21,8 @@ from .outputs import checked, detached, single, weight_of
 from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
 from .rng import derive, isolated
 from .state import State, computed
+from .wants import decide
+from .wrapped import apart as kept_apart
 
 if TYPE_CHECKING:
     from .session import Session
@@ -45,19 +47,26 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
                          "of its own over the same data")  # fmt: skip
     outer, state._logged, state._evaluating = state._logged, {}, True
     key = None if loop.seed is None else derive(loop.seed, "validation", state.step, state.rank)
-    with isolated(state.device, seed), apart(loader, key), torch.no_grad():
+    with isolated(state.device, seed), apart(loader, key), torch.no_grad(), kept_apart(state):
         try:
             model.eval()
             count = 0
+            read = None
             for place, data in enumerate(_read(loader, state, may_leave)):
                 read = Chunk(data, in_sequence(loader, place) if loop.hooks["on_micro_end"] else None)
                 count = _one_batch(loop, loss_fn, model, read, count, means, prefix.rstrip("_"))
+            while state.ranks.together and any(row[0] for row in decide(state, "evaluates", False)):
+                if state.ranks.sharded and read is not None:  # others wait for this rank's part of the weights
+                    loop.forward(loss_fn, model, batches.move(read.data, state.device))
             if may_leave and state.leaving:
                 return None
             if not count:
                 raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
-            found: dict[str, Any] = {name: mean.value() for name, mean in means.items()}
-            found |= {name: computed(name, value) if callable(value) else value for name, value in state._logged.items()}
+            found: dict[str, Any] = state.ranks.means(means)
+            logged = {name: computed(name, value) if callable(value) else value for name, value in state._logged.items()}
+            found |= state.ranks.averaged(
+                {name: number(prefix + name, value) for name, value in logged.items()}, "ends an evaluation"
+            )
         finally:
             state._logged, state._evaluating = outer, False
             for module, training in modes:
@@ -100,6 +109,7 @@ def _one_batch(loop: Session, loss_fn: Any, model: Any, read: Chunk, count: int,
         chunk = piece(read, start + a, start + b, loop.cut)
         if model.training:
             back_to_eval(loop, model)
+        decide(state, "evaluates", True)
         batch = chunk.data
         try:
             batch = batches.move(chunk.data, state.device)

@@ -23,7 +23,12 @@ def watched(state: State, loss: Any, buffers: Container[str]) -> list[tuple[str 
 
 
 def numbers_of(x: Tensor) -> Tensor | None:
-    """Return what of a tensor can be infinite or NaN, sparse ones and complex ones too; None where nothing can."""
+    """Return what of a tensor can be infinite or NaN, sparse ones and complex ones too; None where nothing can.
+
+    Of a tensor that is sharded over ranks, this rank's part.
+    """
+    if hasattr(x, "to_local"):
+        x = x.to_local()
     if is_lazy(x) or not x.numel() or not (x.is_complex() or (x.is_floating_point() and x.itemsize > 1)):
         return None
     x = values_of(x) if x.layout in (torch.strided, torch.sparse_coo) else x.values()
@@ -51,7 +56,8 @@ def statistics(state: State) -> set[str]:
 
 def finite(tensors: Iterable[Tensor]) -> Tensor:
     """Return, for each of `numbers_of`, whether all of it is finite, as one vector on the first one's device."""
-    dense = list(tensors)
+    if not (dense := list(tensors)):
+        return torch.ones(0, dtype=torch.bool)
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(dense):
         kinds.setdefault((t.device, t.dtype), []).append(i)

@@ -14,24 +14,21 @@ One update, in order, with the hooks where they run:
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .around import given, left_out
-from .checks import check_end, check_loader, check_validation, say, whole
+from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .guards import left_in_eval
-from .redo import BeforeUpdate
-from .rng import Streams
-from .session import Session, log
 from .state import State
 from .step import Step
+from .update import Updates, log
 
 
-class Loop(Session):
+class Loop(Updates):
     """Trains `model` with `optimizer`, running callbacks at every hook; see `fit`, or write the loop by hand.
 
     `autocast`: a dtype, or a function giving a context, for forward only. `scaler`: a `torch.amp.GradScaler`.
@@ -85,7 +82,7 @@ class Loop(Session):
         return self._epochs()
 
     def _epochs(self) -> Iterator[int]:
-        while not self.stopped and (self._end[0] is None or self.state.epoch < self._end[0]):
+        while self._goes_on("ends an epoch") and (self._end[0] is None or self.state.epoch < self._end[0]):
             self._phase = ""
             yield self.state.epoch
             self._check_closed()
@@ -100,7 +97,7 @@ class Loop(Session):
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """Yield the steps of one epoch, each with one update's data, to end with `loop.update()`; a break ends the epoch."""
-        state, feed = self.state, self.feed
+        state, feed, together = self.state, self.feed, self.state.ranks.together
         self._pass = this = object()
         try:
             self._open_epoch(loader)
@@ -108,21 +105,23 @@ class Loop(Session):
             while not self.stopped:
                 if state._saves:  # what was asked for since the update, before anything else is read
                     self._flush()
-                if not feed.more():
+                if not (self._more if together else feed.more()):
                     break
                 if self.hooks["on_step_start"]:
                     self._plan()
                 if state._saves:
                     self._flush()
                 self._step = step = Step(self, feed.gather(state.batch_size, state.accumulate))
+                if not step.begin():
+                    break
                 yield step
                 if not step.updated:
                     self._check_closed()
             if state.leaving:  # at once: what the user's program does after this may take long
                 self._save_last()
-            if state._saves:
+            if state._saves or state._due:
                 self._flush()
-            self._phase = "left" if state.leaving or feed.more() else "exhausted"
+            self._phase = "left" if state.leaving or (self._more if together else feed.more()) else "exhausted"
         except Exception as error:
             if not (feed.failed and state.leaving):
                 raise
@@ -142,7 +141,7 @@ class Loop(Session):
         if not step.complete:
             raise RuntimeError("loop.update() before every micro-batch went backward: `for micro in step` must run to its end")
         step.check_untouched()
-        applied = self._gradients_final(bool(step.done))
+        applied = self._gradients_final(bool(step.done), reads=True)
         if applied:
             before = state.apply_rates()
             try:
@@ -188,6 +187,7 @@ class Loop(Session):
             self._count(samples, shown, samples or 1)
         else:
             self._count_skipped(samples)
+        self._goes_on("applies an update")
         self._before_forward()
 
     def evaluate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any) -> dict[str, float]:
@@ -208,12 +208,13 @@ class Loop(Session):
     def validate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any = None) -> None:
         """Evaluate and report; without a loader report the epoch's mean `train_loss`; nothing once stopped inside."""
         self._check_closed()
+        self._goes_on("evaluates")
         if self.state.leaving:
             self._phase = "left"  # entered again, or resumed, the run validates here
         if self._phase == "left" or (self._phase == "inside" and self.state.stop_reason is not None):
             return
         if loader is None:
-            self.report({"train_loss": self.train_loss.value()})
+            self.report({"train_loss": self.state.ranks.means({"": self.train_loss})[""]})
         elif (found := self._evaluate(loss_fn, loader, may_leave=True)) is not None:
             self.report(found)
         else:
@@ -227,73 +228,9 @@ class Loop(Session):
             self._phase = "left"
             return
         self.state.report(metrics)
+        self.state.metrics |= self.state.ranks.averaged(
+            {name: self.state.metrics[name] for name in sorted(self.state.reported)}
+        )
         self._run("on_validation_end")
         if self.state.loader is None:  # around a loop of the user's own the next forward may change buffers
             self._flush()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a callback asked to stop, or the `steps=` are done."""
-        state, end = self.state, self._end[1]
-        return state.leaving or state.stop_reason is not None or (end is not None and state.step >= end)
-
-    def _gradients_final(self, any_backward: bool) -> bool:
-        """Unscale, let callbacks see and scale the gradients; return whether the update is to be applied."""
-        state = self.state
-        if state.scaler is not None and any_backward:
-            state.scaler.unscale_(state.optimizer)
-            verdicts = state.scaler._found_inf_per_device(state.optimizer).values()
-            if any([verdict.tolist() for verdict in verdicts]):  # the one read that GradScaler.step makes anyway
-                state.skip("the scaler found gradients that are not finite")
-        if state._skip is None:
-            state._grad_norm, state._grads_open = None, True
-            if self.hooks["on_before_optimizer_step"]:
-                self._run("on_before_optimizer_step")
-        if state._skip is None:
-            state.apply_gradient_factors()
-            for check in state.checks:
-                check(state)
-        if (skipped := state._skip) is not None:
-            state.drop_factors(ask=True)
-        return skipped is None
-
-    def _updated(self, step: Step) -> bool:
-        """Run the optimizer's step; return whether it is done, or was put back to be repeated."""
-        state = self.state
-        kept = BeforeUpdate(state) if state.keep_before_update else None
-        step.updated = True
-        if self.streams is not None:  # an optimizer may draw too
-            self.streams.begin(state.step + state.skipped, Streams.UPDATE)
-        try:
-            state.runner.update(self)
-            return True
-        except BaseException as error:
-            if kept is not None and isinstance(error, Exception) and self.redoes(error, None):
-                traceback.clear_frames(error.__traceback__)
-                kept.put_back()
-                return False
-            self._torn = True
-            say(error, "in the optimizer's step, which can't be redone: weights may be half updated; go on from the last "
-                           "checkpoint")  # fmt: skip
-            raise
-
-    def _count(self, samples: int, metrics: dict[str, Any], weight: float | Tensor) -> None:
-        state = self.state
-        state.step += 1
-        state.samples += samples
-        state.skip_reason, self._skips = None, 0
-        state.metrics.update(metrics)
-        if "loss" in metrics:
-            self.train_loss.add(metrics["loss"], weight)
-        if self.hooks["on_step_end"]:
-            self._run("on_step_end")
-        if state._saves:
-            self._flush()
-
-    def _count_skipped(self, samples: int) -> None:
-        state, self._skips = self.state, self._skips + 1
-        state.skipped += 1
-        state.samples += samples
-        if self._skips >= self.max_skips:
-            raise RuntimeError(f"{self._skips} updates in a row were skipped (max_skips={self.max_skips}); the last "
-                               f"because {state.skip_reason}")  # fmt: skip

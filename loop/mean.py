@@ -46,6 +46,23 @@ class Mean:
         total, weight = self._sum()
         return total / weight if self.values or isinstance(total, Tensor) else float("nan")
 
+    def sums(self) -> tuple[float, float]:
+        """Return the sum of values times weights, and of weights, as the host has them."""
+        total, weight = self._sum()
+        return float(total), float(weight)
+
+    @classmethod
+    def joined(cls, states: list[dict[str, Any]]) -> Mean:
+        """Return the mean over the values of several."""
+        found = cls()
+        for state in states:
+            one = cls()
+            one.load_state_dict(state, torch.device("cpu"))
+            total, weight = one.sums()
+            found.total, found.weight = found.total + total, found.weight + weight
+        found.total, found.weight = (torch.tensor(x, dtype=torch.float64) for x in (found.total, found.weight))
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Return sums and what is not yet added to them."""
         return {"total": self.total, "weight": self.weight, "values": self.values, "weights": self.weights}

@@ -1,21 +1,39 @@
-"""Which process this is among several, and what they agree on; the only file that asks."""
+"""Which process this is among several, what all of them agree on, how their gradients become one; the only file that asks.
+
+Ranks are kept in step by messages on the host of 64 bytes each, two an update: before a step's first forward (is there data,
+of what weight; does anyone want to stop, leave or save) and before the optimizer's update (does anyone want to skip it; is
+there more data). What one rank wants alone is therefore done by all, at the same point, and one that fails ends all.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
+import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from .checks import say
+from .wrapped import fsdp1, sharded, wrapping
 
 if TYPE_CHECKING:
-    from .step import Step
+    from .mean import Mean
 
-FINE = 2**40  # what a rank answers that needs no redo: more than any size
+WIDTH = 8  # numbers of 8 bytes in a message
+PATIENCE = 5.0  # seconds in which those who still can say so, once the ranks have lost one another
+PLACES = ("fails", "enters `with loop:`", "begins training", "begins a pass over its data", "begins a step", "redoes a step",
+          "rehearses a step", "applies an update", "evaluates", "ends an evaluation", "reports", "ends an epoch", "saves",
+          "leaves `with loop:`", "chooses a size", "prunes")  # fmt: skip
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed, and all end with it."""
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -25,80 +43,174 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def smallest(value: int, world: int) -> int:
-    """Return the smallest value that any rank gives; all must ask at the same moment. No device is waited for."""
-    if world == 1 or not dist.is_initialized():
-        return value
-    found = torch.tensor(value)
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=host_group(dist.group.WORLD))
-    return int(found)
-
-
 @functools.cache
 def host_group(world: Any) -> Any:
-    """Return a group of all ranks that talks over the host, one for each life of the process group."""
-    return dist.new_group(backend="gloo")
+    """Return a group of all ranks that talks over the host, one for each life of the process group, with its patience."""
+    timeouts = [world._get_backend(torch.device(kind)).options._timeout for kind in ("cuda", "xpu", "cpu")
+                if kind in str(dist.get_backend_config(world))]  # fmt: skip
+    return dist.new_group(backend="gloo", timeout=timeouts[0] if timeouts else None)
 
 
-def reducing(model: Any, last: bool, alone: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return the context of a micro-batch in which ranks average their gradients in a step's last backward only.
+class Ranks:
+    """The ranks that train one model; of one process alone every answer is its own."""
 
-    `alone`: nothing at all is exchanged, not even DDP's buffers, so that a rank may fail without the others missing it.
-    """
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(last and not alone)
-    if alone and hasattr(model, "require_forward_param_sync"):
-        model.require_forward_param_sync = False
-    return model.no_sync() if (alone or not last) and hasattr(model, "no_sync") else contextlib.nullcontext()
+    entries = 0  # of Loops, the same on all ranks
 
+    def __init__(self, rank: int = 0, world: int = 1, together: bool = False) -> None:
+        self.rank, self.world, self.together, self.first = rank, world, together, rank == 0
+        self.host: Any = None
+        self.over = False  # the ranks have lost one another
+        self.leaves = False  # all leave
+        self.sharded = False  # by FSDP2, whose every forward is a message
+        self._place = ""
 
-def is_new(step: Step) -> bool:
-    """Tell whether this step's micro-batches are larger, on some rank, than any that went through: then it is rehearsed.
+    @classmethod
+    def of(cls, model: nn.Module) -> Ranks:
+        """Return the ranks that share `model`; raises ValueError for a model that shares nothing, or by what can't be exact."""
+        rank, world = rank_and_world()
+        if fsdp1(model):
+            raise ValueError("model is wrapped in FullyShardedDataParallel (FSDP1), which torch itself has given up; shard it "
+                             "with torch.distributed.fsdp.fully_shard(model)")  # fmt: skip
+        if world == 1 or not (dist.is_available() and dist.is_initialized()):
+            return cls(rank, world)
+        if not wrapping(model):
+            raise ValueError(f"model is not shared between the {world} ranks, so that each would train one of its own: wrap it "
+                             "(torch.nn.parallel.DistributedDataParallel(model), or fully_shard(model)) and give the wrapped one "
+                             "to the optimizer and to Loop; to train apart, start without init_process_group")  # fmt: skip
+        found = cls(rank, world, True)
+        found.sharded = sharded(model)
+        return found
 
-    In a rehearsal each rank runs the step alone, so that one that fails is missed by none. FSDP's forward can't be one.
-    """
-    loop = step.loop
-    if not loop.hooks["on_exception"] or hasattr(loop.state.model, "unshard"):
-        return False
-    step.largest = -smallest(-loop.state.micro_size, loop.state.world)
-    model: Any = loop.state.model
-    if step.largest > loop.proven and hasattr(model, "reducer"):
-        model.reducer._rebuild_buckets()  # else DDP's ranks would wait for one another in the next forward
-    return step.largest > loop.proven
+    def enter(self) -> None:
+        """Begin to talk."""
+        if self.together:
+            self.host, self.over, self.leaves = host_group(dist.group.WORLD), False, False
+            Ranks.entries += 1
+            self._place = f"hookloop/{Ranks.entries}"
 
+    def agree(self, kind: str, *numbers: float) -> list[list[float]]:
+        """Return what every rank says here, in rank order; all must ask at the same point. No device is waited for.
 
-def redoes(step: Step, error: Exception, size: int) -> bool:
-    """Tell whether a step, in which `size` samples failed, is redone: under several ranks by all of them or by none."""
-    loop = step.loop
-    if loop.state.world == 1:
-        return loop.redoes(error, size)
-    if not step.rehearsal:
-        say(error, "in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from the "
-                       "last checkpoint")  # fmt: skip
-        return False
-    answer = loop.redoes(error, size)
-    agreed(step, (loop.state.micro_batch_size or FINE - 1) if answer else 0)
-    return answer
+        Raises RankFailed on all ranks once one has failed, RuntimeError where they are at different points.
+        """
+        if not self.together:
+            return [[*numbers]]
+        if self.over:
+            raise RankFailed("the ranks have lost one another; build process group and Loop anew, or start the program again")
+        mine = torch.zeros(WIDTH, dtype=torch.float64)
+        mine[: len(numbers) + 1] = torch.tensor([PLACES.index(kind), *numbers], dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        try:
+            dist.all_gather(found, mine, group=self.host)
+        except RuntimeError as error:
+            raise RankFailed(self._lost()) from error
+        rows = [row.tolist() for row in found]
+        if len({row[0] for row in rows}) > 1:
+            self.over = True
+            said = ", ".join(f"rank {r} {PLACES[int(row[0])]}" for r, row in enumerate(rows))
+            raise RuntimeError(f"the ranks are at different points: {said}; each must run the same verbs equally often")
+        return [row[1:] for row in rows]
 
+    def exchange(self, kind: str, thing: Any) -> list[Any]:
+        """Return a plain object of every rank, in rank order."""
+        self.agree(kind)
+        found = [thing]
+        if self.together:
+            found = [None] * self.world
+            try:
+                dist.all_gather_object(found, thing, group=self.host)
+            except RuntimeError as error:
+                raise RankFailed(self._lost()) from error
+        return found
 
-def agreed(step: Step, again: int = FINE) -> bool:
-    """Tell whether a rehearsal went well on all ranks; each asks once in it.
+    def smallest(self, value: int, kind: str = "chooses a size") -> int:
+        """Return the smallest value that any rank gives."""
+        return int(min(row[0] for row in self.agree(kind, value)))
 
-    `again`: it did not here, and would be redone at that size (0: nor can it be redone). Where others ask for a smaller
-    size, this rank's callbacks hear of it as of an error of their own.
-    """
-    size = smallest(again, step.loop.state.world)
-    if size == FINE:
-        step.loop.proven = step.largest
-        model: Any = step.loop.state.model
-        if hasattr(model, "require_forward_param_sync"):
-            model.require_forward_param_sync = True
-    if size == FINE or again == 0:
-        return size == FINE
-    if size == 0:
-        raise RuntimeError("another rank failed inside this step; its own error says why")
-    error = torch.OutOfMemoryError(f"another rank ran out of memory and asks for micro-batches of {size} samples")
-    if size != again and not step.loop.redoes(error, 2 * size):
-        raise error
-    step.fail(error)
-    return False
+    def total(self, x: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, on its device, behind the work that is queued there."""
+        if self.together:
+            x = x.detach().clone()
+            dist.all_reduce(x)
+        return x
+
+    def all(self, good: Tensor) -> Tensor:
+        """Return whether a 0-d bool holds on all ranks, on its device."""
+        return self.total(good.logical_not().float()) == 0 if self.together else good
+
+    def means(self, found: Mapping[str, Mean]) -> dict[str, Any]:
+        """Return weighted means over the values of all ranks."""
+        if not self.together:
+            return {name: mean.value() for name, mean in found.items()}
+        every = self.exchange("ends an evaluation", {name: mean.sums() for name, mean in found.items()})
+        names = dict.fromkeys(name for each in every for name in each)
+        sums = {name: [math.fsum(each[name][i] for each in every if name in each) for i in (0, 1)] for name in names}
+        return {name: total / weight if weight else float("nan") for name, (total, weight) in sums.items()}
+
+    def averaged(self, found: dict[str, float], kind: str = "reports") -> dict[str, float]:
+        """Return numbers that each rank made by itself as their mean; raises ValueError where one lacks a name."""
+        if not self.together:
+            return found
+        every = self.exchange(kind, found)
+        for r, each in enumerate(every):
+            if odd := sorted({name for one in every for name in one} - each.keys()):
+                self.over = True  # all see it: nobody needs to be told
+                raise ValueError(f"rank {r} does not report {odd[0]!r}, as others do; every rank must report the same metrics")
+        columns = {name: [each[name] for each in every] for name in found}
+        return {name: math.fsum(values) / self.world if len({*values}) > 1 else values[0] for name, values in columns.items()}
+
+    def alike(self, kind: str, mine: dict[str, Any]) -> None:
+        """Raise ValueError on all ranks, with both values, where two describe their run differently."""
+        every = self.exchange(kind, mine)
+        for r, other in enumerate(every):
+            for name in {**every[0], **other}:
+                if (a := every[0].get(name)) != (b := other.get(name)):
+                    self.over = True
+                    raise ValueError(f"{name} is {a!r:.300} on rank 0 and {b!r:.300} on rank {r}; give all ranks the same")
+
+    def fail(self, error: BaseException) -> None:
+        """Let the others end too, with this rank's error; say of one that only follows from another's whose it was."""
+        if not self.together or self.over:
+            return
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            say(error, self._lost())
+            return
+        self.over, notes = True, "; ".join(getattr(error, "__notes__", ()))
+        text = f"rank {self.rank} failed: {type(error).__name__}: {error}{f' ({notes})' if notes else ''}"
+        with contextlib.suppress(Exception):
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"{self._place}/failed/{store.add(f'{self._place}/failures', 1)}", text)
+            self._close()
+            end, heard = time.monotonic() + PATIENCE, store.add(f"{self._place}/heard", 1)
+            while self.first and heard < self.world and time.monotonic() < end:  # the store may end with the process of rank 0
+                time.sleep(0.02)
+                heard = store.add(f"{self._place}/heard", 0)
+
+    def _close(self) -> None:
+        """Let those who wait for this rank hear that it is gone."""
+        group, self.host = self.host, None
+        host_group.cache_clear()
+        if group is not None:
+            dist.destroy_process_group(group)
+
+    def _lost(self) -> str:
+        """Return why the ranks have lost one another: the first error of any, or who is gone without a word."""
+        self.over = True
+        with contextlib.suppress(Exception):
+            store = dist.distributed_c10d._get_default_store()
+            first, end = f"{self._place}/failed/1", time.monotonic() + PATIENCE
+            store.set(f"{self._place}/alive/{self.rank}", "")
+            missing = set(range(self.world)) - {self.rank}
+            while not (told := store.check([first])) and missing and time.monotonic() < end:
+                missing = {r for r in missing if not store.check([f"{self._place}/alive/{r}"])}
+                time.sleep(0.05)
+            if told or store.check([first]):
+                text = str(store.get(first).decode())
+                store.add(f"{self._place}/heard", 1)
+                self._close()
+                return text
+            self._close()
+            if missing:
+                return f"{', '.join(f'rank {r}' for r in sorted(missing))} ended, or was killed, without a word"
+            return "the connection between the ranks broke, or one took longer than the timeout given to init_process_group"
+        return "rank 0 ended, or was killed, without a word, and with it the store that all ranks share"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +16,14 @@ from . import rng, store
 from .batch import move
 from .callback import Callback
 from .dispatch import note
+from .mean import Mean
 from .plan import update_samples
 
 if TYPE_CHECKING:
+    from .ranks import Ranks
     from .session import Session
+
+log = logging.getLogger("hookloop")
 
 PROGRESS = ("step", "skipped", "epoch", "samples")
 
@@ -37,9 +43,8 @@ def capture(loop: Session) -> store.Contents:
         "settings": loop.settings,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "callbacks": callbacks,
-        "rng": rng.snapshot(state.device),
-        "data": loop.feed.state_dict(),
-        "train_loss": loop.train_loss.state_dict(),
+        **own(loop),
+        "ranks": state.ranks.exchange("saves", own(loop)) if state.ranks.together else None,
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
         "used": [[x if x is None or isinstance(x, torch.Tensor) else float(x) for x in y] for y in (state.rates, state.decays)],
@@ -47,6 +52,27 @@ def capture(loop: Session) -> store.Contents:
         "seeded": state.seed is not None,
         "update_samples": None if state.loader is None else update_samples(loop.callbacks, state),
     }, beside, {"device": state.device.type, "seconds": state.seconds})  # fmt: skip
+
+
+def own(loop: Session) -> dict[str, Any]:
+    """Return what each rank has of its own."""
+    return {
+        "rng": rng.snapshot(loop.state.device),
+        "data": loop.feed.state_dict(),
+        "train_loss": loop.train_loss.state_dict(),
+    }
+
+
+def own_of(saved: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Return what a rank goes on from: what it had of its own, or, of another number of ranks, its share of what all had."""
+    every = saved.get("ranks") or [saved]
+    if len(every) == ranks.world:
+        return dict(every[ranks.rank])
+    from .reshard import reshard
+
+    losses = Mean.joined([each["train_loss"] for each in every]) if ranks.first else Mean()
+    return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(),
+            "data": reshard([each["data"] for each in every], ranks.rank, ranks.world)}  # fmt: skip
 
 
 def state_of(callback: Callback, step: int) -> dict[str, Any]:
@@ -64,7 +90,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     Raises ValueError naming, all at once and before anything is changed, what does not fit; without `strict` that is a
     warning, and what fits is taken.
     """
-    if (found := store.read(path, strict)) is None:
+    if (found := common(loop.state.ranks, path, strict)) is None:
         return
     state, saved, mine = loop.state, found.state, {callback.key: callback for callback in loop.callbacks}
     taken, refused = _load_callbacks(mine, saved["callbacks"])
@@ -106,13 +132,38 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         setattr(state, name, saved["progress"][name])
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
-    loop.feed.load_state_dict(saved["data"])
-    loop.train_loss.load_state_dict(saved["train_loss"], state.device)
+    mine_alone = own_of(saved, state.ranks)
+    loop.feed.load_state_dict(mine_alone["data"])
+    loop.train_loss.load_state_dict(mine_alone["train_loss"], state.device)
     state.saved = str(found.place)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
-    state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], saved["rng"]
+    state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], mine_alone["rng"]
     loop._saved_at, loop.promised, state.spent = state.step, saved.get("update_samples"), found.about.get("seconds", 0.0)
-    rng.restore(saved["rng"], state.device)
+    rng.restore(mine_alone["rng"], state.device)
+
+
+def common(ranks: Ranks, path: str | os.PathLike[str], strict: bool) -> store.Found | None:
+    """Return what `resume=` names; of several ranks the newest checkpoint that all can read.
+
+    Raises ValueError where some ranks see checkpoints and others none, RuntimeError where no two are the same.
+    """
+    found = store.read(path, strict)
+    names = ranks.exchange("enters `with loop:`", found and found.place.name)
+    if len({*names}) == 1:
+        return found
+    if None in names:
+        raise ValueError(f"resume={str(path)!r}: rank {names.index(None)} finds no checkpoint there, and others do; give a folder "
+                         "that all ranks see")  # fmt: skip
+    every = ranks.exchange("enters `with loop:`", [place.name for place in store.list_checkpoints(Path(path))])
+    for name in [name for name in every[0][::-1] if all(name in each for each in every)]:
+        with contextlib.suppress(store.Damaged, FileNotFoundError):
+            found = store.read(Path(path) / name, strict)
+        if all(ranks.exchange("enters `with loop:`", found is not None and found.place.name == name)):
+            log.warning("resumed from %s, the newest checkpoint that all ranks can read; rank by rank that was %s", name, names)
+            return found
+    raise RuntimeError(
+        f"resume={str(path)!r}: no checkpoint there can be read by all ranks; rank by rank the newest is {names}"
+    )
 
 
 Taken = list[tuple[Callback, dict[str, Any]]]

@@ -19,26 +19,31 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
+from .alike import check_alike, longest
 from .around import check_around
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
-from .dispatch import Dispatch, check, note, table
+from .chunk import Chunk
+from .dispatch import check, note, table
 from .exchange import follow
 from .feed import Feed
 from .guards import back_to_train, check_trained, modes_of, to_train
 from .mean import Mean
 from .plan import count_steps, update_samples
-from .ranks import rank_and_world
+from .ranks import Ranks
 from .redo import Snapshot
-from .resume import capture, restore
+from .resume import restore
+from .saves import Saves
 from .state import State
 from .step import Step
 from .store import Named
+from .wants import decide
+from .wrapped import wrapping
 
 log = logging.getLogger("hookloop")
 
 
-class Session(Dispatch):
+class Session(Saves):
     """What `with loop:` opens and closes, and what the verbs of `Loop` stand on."""
 
     alive: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()  # what a GAN's other Loop trains is not forgotten here
@@ -64,7 +69,11 @@ class Session(Dispatch):
         check(self.callbacks)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = State(model, optimizer, scaler if scaler is not None and scaler.is_enabled() else None, device=device)
-        self.state.rank, self.state.world = rank_and_world()
+        self.state.ranks = Ranks.of(model)
+        self.state.rank, self.state.world = self.state.ranks.rank, self.state.ranks.world
+        self.stand_in: Chunk | None = None  # for a rank whose data have ended
+        self._more = False  # whether any rank has data for another step
+        self.had = set[Tensor]()  # parameters that had a gradient
         self.hooks = table(self.callbacks)
         self.autocast = autocast_context(autocast, device)
         self.weigh, self.cut, self.max_skips, self.resume, self.strict = weigh, cut, max_skips, resume, strict
@@ -72,16 +81,15 @@ class Session(Dispatch):
         self.feed, self.train_loss = Feed(cut, self.measure, strict), Mean()
         self.seed: int | None = None
         self.promised: int | None = None  # samples of an update, by the checkpoint
+        self.wrapping: set[Any]  # what shares the model between ranks
         self.settings: list[dict[str, Any]]  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
-        self.snapshot: Snapshot | None = None
         self.rng_to_restore: dict[str, Any] | None = None
         self.modes: dict[nn.Module, bool] = {}  # of the model's modules while it trains
         self.warned = set()
         self._constants: dict[Any, Tensor] = {}
-        self._end: tuple[int | None, int | None] = (None, None)
         self._step: Step | None = None
-        self._skips, self._saved_at = 0, -1
+        self._skips = 0
         self.optimizer_steps = 0
         follow(weakref.ref(self), self.state)
         self.proven = 0  # the largest micro-batch that went through on all ranks
@@ -104,10 +112,12 @@ class Session(Dispatch):
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
         state.since, state.stop_reason, state._leave_at, state._leave_reason = time.monotonic(), None, math.inf, ""
+        state._stop, state._due = None, []
         state.drop_factors()
         if state.scaler is not None:  # an error between unscaling and the update would leave it marked as unscaled
             state.scaler._per_optimizer_states.pop(id(state.optimizer), None)
         try:
+            state.ranks.enter()
             if not self._was_set_up:
                 for callback in self.callbacks:
                     callback._used = True
@@ -115,7 +125,7 @@ class Session(Dispatch):
                 state.writers, state.checks, state.before, state.accepts = [], [], [], []  # of an entry that failed
                 state.exchanged = [functools.partial(follow, weakref.ref(self))]
                 self._run("on_setup")
-                self.settings = Named(state.model, state.optimizer).options()
+                self.settings, self.wrapping = Named(state.model, state.optimizer).options(), wrapping(state.model)
                 if self.resume is not None:
                     restore(self, self.resume, self.strict)
                 self._was_set_up = True
@@ -133,6 +143,7 @@ class Session(Dispatch):
             raise RuntimeError("this must run inside `with loop:`")
         state, self._begun = self.state, True
         state.loader, state.total_steps, state.epoch_samples = loader, None, None
+        check_alike(self)
         if loader is None:
             check_around(self.callbacks)
         else:
@@ -141,7 +152,7 @@ class Session(Dispatch):
                 to_train(state.model)
         self.modes = modes_of(state.model)
         if loader is not None:
-            state.total_steps = count_steps(self.callbacks, state, *self._end)
+            state.total_steps = longest(state, count_steps(self.callbacks, state, *self._end))
             self.feed.attach(loader)
             self._check_promised()
         if state.seed is not None:
@@ -188,6 +199,8 @@ class Session(Dispatch):
         check_trained(self)
         if feed.empty:
             raise ValueError(feed.empty)
+        if state.ranks.together:
+            self._more = any(row[0] for row in decide(state, "begins a pass over its data", feed.more()))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         problems: list[BaseException] = []
@@ -203,9 +216,12 @@ class Session(Dispatch):
         if error is None:
             attempt(self._check_closed)
         if error is None and not problems:  # after an error, not every callback's hook has run: the last save stands
+            attempt(lambda: decide(self.state, "leaves `with loop:`"))
             attempt(self._save_last)
             attempt(self._flush)
-        self.state._saves = []
+        if error is not None or problems:
+            self.state.ranks.fail(error or problems[0])
+        self.state._saves, self.state._due = [], []
         if error is None and not problems and self.state.step and self.state.reported_at < 0:
             for who, name in ((type(c).__name__, name) for c in self.callbacks for name in c.watches):
                 log.warning("%s watched %r, but nothing was reported in %d updates, so it did nothing: the run ended before "
@@ -230,40 +246,12 @@ class Session(Dispatch):
                 first = problem
             elif problem is not first:
                 say(first, f"then, while ending: {type(problem).__name__}: {problem}")
+        if first is not None:
+            self.state.ranks.fail(first)
         if isinstance(first, Exception) and self.state.saved is not None:
             say(first, f"the last checkpoint is {self.state.saved}")
         if error is None and first is not None:
             raise first
-
-    def _before_forward(self) -> None:
-        """Let callbacks look, and keep buffers, where a step of a loop of the user's own begins: where the last one ended."""
-        for act in self.state.before:
-            act(self.state)
-        if self.state.keep_buffers:
-            self.snapshot = self.snapshot or Snapshot(self.state)
-            self.snapshot.take([])
-
-    def _settle(self, applied: bool) -> bool:
-        """Return whether the update was applied; where it was left out, put back what may have to be."""
-        self.sample()
-        applied = applied and self.state.settle()
-        if not applied and self.state.keep_buffers and self.snapshot is not None:
-            self.snapshot.put_back_buffers()
-        return applied
-
-    def _save_last(self) -> None:
-        """Ask for a save of where the run stands, unless it is on the disk."""
-        if not all([write(self.state, [], lambda: capture(self)) for write in self.state.writers]):
-            self._saved_at = -1
-        if self.state.writers and self.state.step != self._saved_at:
-            self.state.save("end")
-
-    def _flush(self) -> None:
-        """Write the checkpoint that hooks asked for, once all of them have run."""
-        reasons, self.state._saves = sorted(set(self.state._saves)), []
-        for write in self.state.writers if reasons else ():
-            if write(self.state, reasons, lambda: capture(self)):
-                self._saved_at = self.state.step
 
     def _check_closed(self) -> None:
         if self._step is not None and not self._step.updated:

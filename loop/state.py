@@ -15,6 +15,7 @@ from .checks import say
 from .factors import Asked, Factor, checked, multiply, put_back
 from .goal import number
 from .groups import Group, own_rates
+from .ranks import Ranks
 from .step import Eager
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class State:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
     # progress: updates applied, updates skipped, epochs ended, samples seen
     step: int = 0
     skipped: int = 0
@@ -107,6 +109,8 @@ class State:
         self._skip: str | None = None
         self._doubt: Callable[[], str | None] | None = None
         self._saves: list[str] = []
+        self._due: list[str] = []  # saves that all ranks agreed on
+        self._stop: str | None = None  # asked for on this rank
         self._logged: dict[str, Any] = {}
         self._evaluating = False
         self._leave_at, self._leave_reason = math.inf, ""
@@ -117,8 +121,11 @@ class State:
         return self.spent + (0.0 if self.since is None else time.monotonic() - self.since)
 
     def stop(self, reason: str) -> None:
-        """End training after this step; the first reason stands."""
-        self.stop_reason = self.stop_reason or reason
+        """End training after this step, for all ranks; the first reason stands."""
+        if self.ranks.together:  # one that stops alone would be waited for
+            self._stop = self._stop or reason
+        else:
+            self.stop_reason = self.stop_reason or reason
 
     def leave(self, reason: str, at: float = -math.inf) -> None:
         """End training after this step, once `time.monotonic()` says `at`: no validation follows, one under way is broken off.
@@ -131,6 +138,8 @@ class State:
     @property
     def leaving(self) -> bool:
         """Whether it is time to leave."""
+        if self.ranks.together:
+            return self.ranks.leaves
         if time.monotonic() < self._leave_at:
             return False
         self.stop(self._leave_reason)
@@ -142,7 +151,7 @@ class State:
         return self.stop_reason is not None and self.stop_reason == self._leave_reason
 
     def skip(self, reason: str) -> None:
-        """Leave this update out: no optimizer step, no count; `reason` stands in `state.skip_reason`."""
+        """Leave this update out, on all ranks: no optimizer step, no count; `reason` stands in `state.skip_reason`."""
         self._skip = reason
 
     def skip_where(self, bad: Tensor, reason: Callable[[], str | None]) -> None:
@@ -225,7 +234,8 @@ class State:
     def grad_norm(self) -> Tensor | None:
         """The 2-norm of the gradients before clipping, computed when first asked for in `on_before_optimizer_step`."""
         if self._grad_norm is None and self._grads_open:
-            self._grad_norm = nn.utils.get_total_norm([values_of(grad) for grad in self.grads])
+            norm: Any = nn.utils.get_total_norm([values_of(grad) for grad in self.grads])
+            self._grad_norm = norm.full_tensor() if self.ranks.sharded else norm
         return self._grad_norm
 
     def drop_factors(self, ask: bool = False) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import batch as batches
-from . import ranks
+from . import rehearsal
 from .checks import say
 from .chunk import Chunk, piece
 from .guards import back_to_train, name_devices, name_sparse
 from .outputs import checked, detached, singles, weight_of, weighted
+from .share import Buffers, share
+from .wrapped import reducing
 
 if TYPE_CHECKING:
     from .session import Session
@@ -52,12 +54,15 @@ class Eager:
 class Micro:
     """One micro-batch: `with micro: micro.backward(loss_fn)`."""
 
-    __slots__ = ("_batch", "_chunk", "_factor", "_last", "_open", "_reducing", "_step", "number", "outputs", "weight")
+    __slots__ = ("_batch", "_buffers", "_chunk", "_factor", "_last", "_open", "_reducing", "_step", "number", "outputs",
+                 "stand_in", "weight")  # fmt: skip
 
     def __init__(self, step: Step, number: int, chunk: Chunk, weight: float | Tensor, factor: Any, last: bool = True) -> None:
         self._step, self.number, self._chunk, self.weight, self._factor = step, number, chunk, weight, factor
         self._open, self._batch, self._last = False, None, last
         self._reducing: Any = None
+        self.stand_in = False  # which leaves no trace
+        self._buffers: Buffers | None = None
         self.outputs: dict[str, Any] | None = None
 
     @property
@@ -84,9 +89,10 @@ class Micro:
         loop, self._open = self._step.loop, True
         if loop.modes and not loop.state.model.training:
             back_to_train(loop)
-        if loop.state.world > 1:  # around all of the body, since a forward of the user's own may stand in it
-            self._reducing = ranks.reducing(loop.state.model, self._last, self._step.rehearsal)
+        if loop.state.ranks.together:  # around all of the body, since a forward of the user's own may stand in it
+            self._reducing = reducing(loop.state.model, self._last, self._step.rehearsal)
             self._reducing.__enter__()
+            self._buffers = Buffers(loop) if self.stand_in else None
         if loop.streams is not None:
             loop.streams.begin(loop.state.step + loop.state.skipped, self.number)
         return self
@@ -95,9 +101,11 @@ class Micro:
         step, self._open = self._step, False
         if self._reducing is not None:
             self._reducing.__exit__(kind, error, trace)
+        if self._buffers is not None:
+            self._buffers.put_back()
         if error is None:
             if self.outputs is not None:
-                watched = bool(step.loop.hooks["on_micro_end"])
+                watched = bool(step.loop.hooks["on_micro_end"]) and not self.stand_in
                 if watched or not self._last:  # else loop.update() looks next
                     step.check_untouched()
                     step.hold()
@@ -106,7 +114,7 @@ class Micro:
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
                     step.check_untouched(between=True)
                 self.outputs, self._batch = singles(self.outputs), None
-        elif isinstance(error, Exception) and ranks.redoes(step, error, self._chunk.size or 0):
+        elif isinstance(error, Exception) and rehearsal.redoes(step, error, self._chunk.size or 0):
             step.fail(error)
             traceback.clear_frames(trace)  # its locals hold the failed graph, and with it the memory
             self.outputs = self._batch = None
@@ -131,10 +139,20 @@ class Step:
         self.weight: Any = self.size
         self._held: tuple[Tensor, Tensor, int] | None = None
         self.done: list[Micro] = []
+        self._micros: list[Micro] | None = None
         self._before = 0
-        for act in loop.state.before:
-            act(loop.state)
         self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
+
+    def begin(self) -> bool:
+        """Agree with the other ranks on this step, let callbacks look; return False where the run is to end instead."""
+        state = self.loop.state
+        if state.ranks.together:
+            self._micros = share(self, self._cut(), "begins a step")
+            if self._micros is None:
+                return False
+        for act in state.before:
+            act(state)
+        return True
 
     def __iter__(self) -> Iterator[Micro]:
         loop, state = self.loop, self.loop.state
@@ -144,8 +162,10 @@ class Step:
             if loop.snapshot is not None:
                 loop.snapshot.take(self.chunks)
                 self.taken = True
-            micros = self._cut()
-            self.rehearsal = state.world > 1 and ranks.is_new(self)
+            micros, self._micros = self._micros, None
+            if micros is None:
+                micros = share(self, self._cut(), "redoes a step") or []
+            self.rehearsal = rehearsal.is_new(self)
             for micro in micros:
                 yield micro
                 if self._redo:
@@ -153,7 +173,9 @@ class Step:
                 if micro.outputs is None:
                     raise RuntimeError("a micro-batch went by without micro.backward(loss_fn)")
                 self.done.append(micro)
-            if self.rehearsal and not self._redo and ranks.agreed(self):  # what was rehearsed is now run, for all to average
+            if (
+                self.rehearsal and not self._redo and rehearsal.agreed(self)
+            ):  # what was rehearsed is now run, for all to average
                 self.fail(None)
             self.complete = not self._redo
 
@@ -171,7 +193,7 @@ class Step:
         loop.state.update_size, loop.state.micro_size = self.size, max((part.size or 0 for part, _ in weighed), default=0)
         if len(weighed) == 1:
             return [Micro(self, 0, *weighed[0], None)]
-        if not weighed:
+        if not weighed and not loop.state.ranks.together:
             loop.state.skip("the weights of the whole step sum to 0")
         last = len(weighed) - 1
         return [Micro(self, i, part, w, w / self.weight, i == last) for i, (part, w) in enumerate(weighed)]
@@ -203,8 +225,11 @@ class Step:
     def release(self) -> dict[str, Any]:
         """Let the data go, and return the weighted mean over the step of the loss and of every other single number."""
         done, self.done, self.chunks = self.done, [], []  # micro-batches point back here: a cycle would keep the data
+        if done and self.loop.state.ranks.together:
+            self.loop.stand_in = done[-1]._chunk
         for micro in done:
             micro._chunk = Chunk(None)
+        done = [micro for micro in done if not micro.stand_in]
         if len(done) == 1:
             return done[0].outputs or {}
         means: dict[str, Any] = {}

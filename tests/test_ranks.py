@@ -134,7 +134,7 @@ def test_oo10_all_ranks_redo_the_step_at_one_size(tmp_path: Path, kind: str, for
 
 def test_oo10_an_error_of_one_rank_ends_all(tmp_path: Path) -> None:
     first, second = run(tmp_path, "error")
-    assert "another rank failed inside this step" in first["error"]
+    assert "RankFailed: rank 1 failed: KeyError: 'mine'" in first["error"]
     assert "KeyError: 'mine'" in second["error"]
     assert max(first["s"], second["s"]) < 20
 

@@ -1,0 +1,83 @@
+"""A model as torch's wrappers share it between ranks: DDP's whole copies, or the shards of `fully_shard` (FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+
+if TYPE_CHECKING:
+    from .state import State
+
+
+def fsdp1(model: nn.Module) -> bool:
+    """Tell whether the model is wrapped in FullyShardedDataParallel."""
+    return any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+
+
+def sharded(model: nn.Module) -> bool:
+    """Tell whether `fully_shard` has a part of the model."""
+    return any(hasattr(type(m), "set_requires_gradient_sync") for m in model.modules())
+
+
+def wrapping(model: nn.Module) -> set[Any]:
+    """Return what makes a model shared between ranks: DDP modules, and parameters that are sharded."""
+    found: set[Any] = {m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)}
+    return found | {p for p in model.parameters() if hasattr(p, "device_mesh")}
+
+
+def reducing(model: Any, last: bool, alone: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of a micro-batch in which ranks average their gradients in a step's last backward only.
+
+    `alone`: nothing at all is exchanged, not even DDP's buffers, so that a rank may fail without the others missing it.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(last and not alone)
+    if alone and hasattr(model, "require_forward_param_sync"):
+        model.require_forward_param_sync = False
+    return model.no_sync() if (alone or not last) and hasattr(model, "no_sync") else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def apart(state: State) -> Iterator[None]:
+    """Keep DDP from sending buffers in an evaluation, where ranks run as many forwards as each has; rank 0's are sent once."""
+    model: Any = state.model
+    syncs = state.ranks.together and hasattr(model, "require_forward_param_sync")
+    if syncs and model.broadcast_buffers:
+        for buffer in model.module.buffers():
+            dist.broadcast(buffer, 0)
+    before = getattr(model, "require_forward_param_sync", None)
+    if syncs:
+        model.require_forward_param_sync = False
+    try:
+        yield
+    finally:
+        if syncs:
+            model.require_forward_param_sync = before
+        for module in model.modules() if state.ranks.sharded else ():
+            if hasattr(module, "reshard"):  # no backward follows that would do it
+                module.reshard()
+
+
+def check_gradients(state: State, had: set[Any]) -> None:
+    """Raise RuntimeError for parameters that took no part in a step, where ranks would wait for them, or lost a gradient."""
+    missing = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is None and p.requires_grad]
+    wrapper: Any = state.model
+    may_lack = (
+        state.ranks.sharded or getattr(wrapper, "find_unused_parameters", True) or getattr(wrapper, "static_graph", False)
+    )
+    lost = missing if not may_lack else [p for p in missing if state.ranks.sharded and p in had]
+    if lost:
+        named = {p: name for name, p in state.model.named_parameters()}
+        names = ", ".join([str(named.get(p)) for p in lost][:8])
+        if may_lack:
+            raise RuntimeError(f"{names} had a gradient in an earlier step and have none in this one: a backward was cut off, "
+                               "and fully_shard drops what it had; go on from the last checkpoint (of parts that are left "
+                               "out on purpose add 0 * p.sum() to the loss)")  # fmt: skip
+        raise RuntimeError(f"{names} took no part in the loss, and the ranks would wait for their gradients: freeze them, or "
+                           "wrap with DistributedDataParallel(model, find_unused_parameters=True)")  # fmt: skip
+    if state.ranks.sharded and len(missing) < len(state.places):
+        had.update(p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None)
