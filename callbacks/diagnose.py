@@ -35,6 +35,8 @@ class Diagnose(Callback):
     https://arxiv.org/abs/1206.5533; Karpathy 2019, A Recipe for Training Neural Networks)
     """
 
+    of_rank = True
+
     def __init__(self, metric: str | None = None, target: float | None = None) -> None:
         if metric is not None and (not isinstance(metric, str) or not metric):
             raise ValueError(f"metric must be the name of a validation loss, such as 'val_loss', or None, not {metric!r}")

@@ -23,6 +23,8 @@ class Metrics(Callback):
     what is no Metric, KeyError where `loss_fn` returned no "preds" or "target".
     """
 
+    of_rank = True
+
     def __init__(self, metrics: Metric | MetricCollection | Mapping[str, Metric], training: bool = False) -> None:
         from torchmetrics import Metric, MetricCollection
 

@@ -29,7 +29,7 @@ class MicroBatch(Callback):
     and so may sizes; "memory" takes none. `memory`: what measures (default: the device). Raises ValueError when misused.
     """
 
-    owns, planned = ("micro_batch_size",), True
+    owns, planned, of_rank = ("micro_batch_size",), True, True
     _open: Any = None  # the step being measured
     _timed: Any = None  # one whose time the device has not told yet
 

@@ -21,7 +21,7 @@ def check_alike(loop: Session) -> None:
     loop.warned.add("alike")
     if wrapping(state.model) != loop.wrapping:
         raise ValueError("the model was wrapped or sharded after `with loop:` was entered, when callbacks had grouped or "
-                         "changed its parameters: wrap it first, build the optimizer from what it has then, and Loop from both")  # fmt: skip
+                         "changed its parameters: wrap it first, then build the optimizer, then Loop")  # fmt: skip
     named = Named(state.model, state.optimizer)
     found: dict[str, Any] = {
         "the seed": state.seed,

@@ -20,7 +20,7 @@ class Callback:
     loop of the user's own. `planned`: its hooks go by position and settings alone, and change nothing but the plan, rates
     and decays, so that `study.preview` may run them without data. `key`: its name in checkpoints. `watches`: metrics that
     it can't do without. `beside`: entries of its state that seldom change, replaced when they do: each is written once, to
-    a file beside the checkpoints that hold it.
+    a file beside the checkpoints that hold it. `of_rank`: of several ranks each saves a state of its own, not the first alone.
     """
 
     owns: ClassVar[tuple[str, ...]] = ()
@@ -30,6 +30,7 @@ class Callback:
     key: str = ""
     watches: tuple[str, ...] = ()
     beside: ClassVar[tuple[str, ...]] = ()
+    of_rank: ClassVar[bool] = False
     _loop: Any = None
     _used: bool = False
 

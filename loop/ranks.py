@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import time
@@ -27,9 +28,23 @@ if TYPE_CHECKING:
 
 WIDTH = 8  # numbers of 8 bytes in a message
 PATIENCE = 5.0  # seconds in which those who still can say so, once the ranks have lost one another
+log = logging.getLogger("hookloop")
 PLACES = ("fails", "enters `with loop:`", "begins training", "begins a pass over its data", "begins a step", "redoes a step",
           "rehearses a step", "applies an update", "evaluates", "ends an evaluation", "reports", "ends an epoch", "saves",
           "leaves `with loop:`", "chooses a size", "prunes")  # fmt: skip
+
+
+class Prefix(logging.Filter):
+    """Says in each line of the log which rank writes it."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Put the rank before the text."""
+        record.msg = f"[rank {self.rank}] {record.msg}"
+        return True
 
 
 class RankFailed(RuntimeError):
@@ -57,7 +72,8 @@ class Ranks:
     entries = 0  # of Loops, the same on all ranks
 
     def __init__(self, rank: int = 0, world: int = 1, together: bool = False) -> None:
-        self.rank, self.world, self.together, self.first = rank, world, together, rank == 0
+        self.rank, self.world, self.together, self.first = rank, world, together, rank == 0 or not together
+        self.count = world if together else 1  # of those that share the model
         self.host: Any = None
         self.over = False  # the ranks have lost one another
         self.leaves = False  # all leave
@@ -71,7 +87,11 @@ class Ranks:
         if fsdp1(model):
             raise ValueError("model is wrapped in FullyShardedDataParallel (FSDP1), which torch itself has given up; shard it "
                              "with torch.distributed.fsdp.fully_shard(model)")  # fmt: skip
-        if world == 1 or not (dist.is_available() and dist.is_initialized()):
+        if world == 1:
+            return cls(rank, world)
+        if not (dist.is_available() and dist.is_initialized()):
+            log.warning("WORLD_SIZE=%d says that there are other processes, but torch.distributed is not initialised: each trains "
+                        "a model of its own; call torch.distributed.init_process_group() before Loop", world)  # fmt: skip
             return cls(rank, world)
         if not wrapping(model):
             raise ValueError(f"model is not shared between the {world} ranks, so that each would train one of its own: wrap it "
@@ -87,6 +107,9 @@ class Ranks:
             self.host, self.over, self.leaves = host_group(dist.group.WORLD), False, False
             Ranks.entries += 1
             self._place = f"hookloop/{Ranks.entries}"
+            for old in [f for f in log.filters if isinstance(f, Prefix)]:
+                log.removeFilter(old)
+            log.addFilter(Prefix(self.rank))
 
     def agree(self, kind: str, *numbers: float) -> list[list[float]]:
         """Return what every rank says here, in rank order; all must ask at the same point. No device is waited for.

@@ -42,15 +42,16 @@ def capture(loop: Session) -> store.Contents:
         "optimizer": named.optimizer_state(),
         "settings": loop.settings,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        **(mine := own(loop)),
+        "ranks": state.ranks.exchange("saves", mine) if state.ranks.together else None,
         "callbacks": callbacks,
-        **own(loop),
-        "ranks": state.ranks.exchange("saves", own(loop)) if state.ranks.together else None,
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
         "used": [[x if x is None or isinstance(x, torch.Tensor) else float(x) for x in y] for y in (state.rates, state.decays)],
         "seed": loop.seed,
         "seeded": state.seed is not None,
         "update_samples": None if state.loader is None else update_samples(loop.callbacks, state),
+        "world": state.ranks.count,
     }, beside, {"device": state.device.type, "seconds": state.seconds})  # fmt: skip
 
 
@@ -60,19 +61,25 @@ def own(loop: Session) -> dict[str, Any]:
         "rng": rng.snapshot(loop.state.device),
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
+        "callbacks": {c.key: state_of(c, loop.state.step) for c in loop.callbacks if c.of_rank},
     }
 
 
 def own_of(saved: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Return what a rank goes on from: what it had of its own, or, of another number of ranks, its share of what all had."""
-    every = saved.get("ranks") or [saved]
-    if len(every) == ranks.world:
+    every = saved.get("ranks") or [{**saved, "callbacks": {}}]
+    if len(every) == ranks.count:
         return dict(every[ranks.rank])
     from .reshard import reshard
 
     losses = Mean.joined([each["train_loss"] for each in every]) if ranks.first else Mean()
-    return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(),
-            "data": reshard([each["data"] for each in every], ranks.rank, ranks.world)}  # fmt: skip
+    return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(), "callbacks": {},
+            "data": reshard([each["data"] for each in every], ranks.rank, ranks.count)}  # fmt: skip
+
+
+def promised(saved: dict[str, Any]) -> int | None:
+    """Return the samples of an update, over all ranks, that the checkpoint's run would have made next."""
+    return None if saved.get("update_samples") is None else saved["update_samples"] * saved.get("world", 1)
 
 
 def state_of(callback: Callback, step: int) -> dict[str, Any]:
@@ -93,6 +100,8 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if (found := common(loop.state.ranks, path, strict)) is None:
         return
     state, saved, mine = loop.state, found.state, {callback.key: callback for callback in loop.callbacks}
+    alone = own_of(saved, state.ranks)
+    saved["callbacks"] |= alone["callbacks"]
     taken, refused = _load_callbacks(mine, saved["callbacks"])
     named, optimizer = store.Named(state.model, state.optimizer), saved["optimizer"]  # maybe another than before
     skip, rounded = named.model_misfits(found.model), named.rounded(found.model)
@@ -132,14 +141,13 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         setattr(state, name, saved["progress"][name])
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
-    mine_alone = own_of(saved, state.ranks)
-    loop.feed.load_state_dict(mine_alone["data"])
-    loop.train_loss.load_state_dict(mine_alone["train_loss"], state.device)
+    loop.feed.load_state_dict(alone["data"])
+    loop.train_loss.load_state_dict(alone["train_loss"], state.device)
     state.saved = str(found.place)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
-    state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], mine_alone["rng"]
-    loop._saved_at, loop.promised, state.spent = state.step, saved.get("update_samples"), found.about.get("seconds", 0.0)
-    rng.restore(mine_alone["rng"], state.device)
+    state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], alone["rng"]
+    loop._saved_at, loop.promised, state.spent = state.step, promised(saved), found.about.get("seconds", 0.0)
+    rng.restore(alone["rng"], state.device)
 
 
 def common(ranks: Ranks, path: str | os.PathLike[str], strict: bool) -> store.Found | None:

@@ -172,8 +172,8 @@ class Session(Saves):
         """Refuse, once after a restore, updates of another size than the checkpoint's run would make here."""
         promised, self.promised = self.promised, None
         here = None if promised is None else update_samples(self.callbacks, self.state)
-        if here is not None and here != promised:
-            refuse(f"an update holds {here} samples here and {promised} in the checkpoint's run (batch size times "
+        if here is not None and (here := here * self.state.ranks.count) != promised:
+            refuse(f"an update holds {here} samples here and {promised} in the checkpoint's run (ranks times batch size times "
                    "accumulation)", self.strict)  # fmt: skip
 
     def _open_epoch(self, loader: Any) -> None:
