@@ -5,8 +5,9 @@ from .disk import Contents, list_checkpoints, step_of, sync, write
 from .folder import Folder
 from .manifest import Damaged
 from .named import Named
-from .plain import plain, reduced
+from .plain import plain, reduced, sharded
 from .read import Found, read, readable
+from .sharded import fill, write_together
 from .writer import Writer
 
 __all__ = [
@@ -17,12 +18,15 @@ __all__ = [
     "Found",
     "Named",
     "Writer",
+    "fill",
     "list_checkpoints",
     "plain",
     "read",
     "readable",
     "reduced",
+    "sharded",
     "step_of",
     "sync",
     "write",
+    "write_together",
 ]

@@ -1,5 +1,7 @@
 """Checkpoints on disk: each a folder `step-00000120` of `model.pt` (the plain state dict), `state.pt` and a manifest.
 
+Of a sharded model it holds `shards/` too, and placeholders where the tensors stood that are in there (`sharded.py`).
+
 A save, in order: files beside the checkpoints, each under a temporary name, flushed, renamed, and the folder's entries
 flushed; then a draft folder, its files flushed one by one, the draft's entries flushed, the draft renamed, the folder's
 entries flushed. Only what has been renamed is ever read, and nothing older is deleted before all of it is done.
@@ -11,8 +13,9 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from .plain import not_plain
 NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 FILES = ("model.pt", "state.pt")
 BESIDE = re.compile(r"\w+-[0-9a-f]{16}\.pt")
+SHARD = re.compile(r"shards/(\.metadata|__\d+_\d+\.distcp)")
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Contents:
 
 
 class Sink:
-    """A file for torch.save to write into; the first error is kept, since torch would tell of it in words of its own."""
+    """A file for torch to write into; the first error is kept, since torch would tell of it in words of its own."""
 
     def __init__(self, path: Path) -> None:
         self.fd, self.bytes = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), 0
@@ -70,6 +74,36 @@ class Sink:
     def flush(self) -> None:
         """Do nothing: nothing is held back."""
 
+    def close(self) -> None:
+        """Do nothing: whoever opened it closes it."""
+
+    def tell(self) -> int:
+        """Return where the next byte goes."""
+        return self.bytes
+
+    def sync(self) -> None:
+        """Have the disk hold it; raises the first error."""
+        if self.error is not None:
+            raise self.error
+        os.fsync(self.fd)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Sink]:
+    """Open a new file, and have the disk hold it in the end; raises OSError, which says how much a full disk lacks."""
+    sink = Sink(path)
+    try:
+        yield sink
+        sink.sync()
+    except OSError as error:
+        why = f"{error.strerror} in writing {path}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free
+            why = f"disk full: {path} needs {sink.bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(error.errno, why) from None
+    finally:
+        os.close(sink.fd)
+
 
 def sync(path: Path) -> None:
     """Have the disk hold a file, or a folder's entries, before anything that relies on it."""
@@ -81,35 +115,30 @@ def sync(path: Path) -> None:
 
 
 def _put(path: Path, content: Any, other: ThreadPoolExecutor) -> Future[dict[str, Any]]:
-    """Write a file, have the disk hold it, and return its manifest entry, read back while the disk is at work.
-
-    Raises OSError, which says how much was needed where the disk is full.
-    """
-    sink = Sink(path)
-    try:
+    """Write a file, have the disk hold it, and return its manifest entry, read back while the disk is at work."""
+    with opened(path) as sink:
         if isinstance(content, str):
             sink.write(content.encode())
         else:
             torch.save(content, sink)  # type: ignore[arg-type]  # it asks for write and flush alone
-        if sink.error is not None:
-            raise sink.error
-        found = other.submit(manifest.entry, path)
-        os.fsync(sink.fd)
-    except OSError as error:
-        why = f"{error.strerror} in writing {path}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
-            why = f"disk full: {path} needs {sink.bytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise OSError(error.errno, why) from None
-    finally:
-        os.close(sink.fd)
-    return found
+        return other.submit(manifest.entry, path)
 
 
 def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[tuple[str, str], Any]) -> Path:
     """Write a checkpoint whole or not at all, and return its folder; after an error nothing of it is left.
 
     `known`: what stands beside the checkpoints already, (callback, entry) -> (content, its name, its manifest entry).
+    """
+    steps = writing(folder, contents, reasons, known)
+    next(steps)
+    return finish(steps, {})
+
+
+def writing(folder: Path, contents: Contents, reasons: Sequence[str],
+            known: dict[tuple[str, str], Any]) -> Generator[Path, dict[str, Any], Path]:  # fmt: skip
+    """Write a checkpoint, with a pause: it yields its draft, and takes in the manifest entries of what others put there.
+
+    Closed in the pause, it takes the draft away.
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = [m for p in folder.glob(f"*step-{contents.step:08d}*") if (m := NAME.search(p.name))]
@@ -123,10 +152,11 @@ def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[
                     known[place] = (content, *_write_beside(folder, place[1], content, other))
             beside = {place: known[place][1:] for place in contents.beside}
             draft.mkdir()
+            more = yield draft
             state = {**contents.state, "beside": [[*place, name] for place, (name, _) in beside.items()]}
             parts = zip(FILES, (contents.model, state), strict=True)
             found = {name: _put(draft / name, content, other) for name, content in parts}
-            files = {name: future.result() for name, future in found.items()}
+            files = {name: future.result() for name, future in found.items()} | more
             text = manifest.render(contents.step, sorted(reasons), files, dict(beside.values()), contents.about)
             _put(draft / manifest.NAME, text, other)
         sync(draft)
@@ -136,6 +166,15 @@ def write(folder: Path, contents: Contents, reasons: Sequence[str], known: dict[
         raise
     sync(folder)
     return target
+
+
+def finish(steps: Generator[Path, dict[str, Any], Path], more: dict[str, Any]) -> Path:
+    """Have a paused `writing` go on to its end, and return the checkpoint's folder."""
+    try:
+        steps.send(more)
+    except StopIteration as done:
+        return Path(done.value)
+    raise AssertionError("it pauses once")
 
 
 def _write_beside(folder: Path, what: str, content: Any, other: ThreadPoolExecutor) -> tuple[str, dict[str, Any]]:
@@ -167,7 +206,9 @@ def step_of(checkpoint: Path) -> int:
 def verify(checkpoint: Path, beside: bool = True) -> dict[str, Any]:
     """Return a checkpoint's manifest; raises Damaged, naming the file, unless all that it lists is as it was written."""
     found = manifest.read(checkpoint, step_of(checkpoint))
-    if set(found["files"]) != set(FILES) or not all(BESIDE.fullmatch(name) for name in found["beside"]):
+    shards = found["files"].keys() - set(FILES)
+    if len(found["files"]) != len(shards) + len(FILES) or not (
+            all(map(SHARD.fullmatch, shards)) and all(map(BESIDE.fullmatch, found["beside"]))):  # fmt: skip
         raise manifest.Damaged(
             f"{checkpoint / manifest.NAME} names files that no checkpoint has: {[*found['files'], *found['beside']]}"
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .plain import plain
+from .sharded import laid
 
 # How a step is computed, not what: the program's own stands, also on another device.
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
@@ -51,6 +52,9 @@ class Named:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer, self.clean = model, optimizer, cleaner(model)
+        whole: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
+        for module in whole:  # FSDP2's root is whole after an evaluation: it has other tensors then than the optimizer
+            module.reshard()
         # The smallest name of a tied tensor, whichever was registered first; a tensor that the model does not hold goes by
         # the name that the optimizer was given, or else by its place.
         aliases = {self.clean(name): p for name, p in model.named_parameters(remove_duplicate=False)}
@@ -72,6 +76,10 @@ class Named:
         if versions := getattr(state, "_metadata", None):
             found._metadata = OrderedDict((self.clean(name), value) for name, value in versions.items())  # type: ignore[attr-defined]
         return found
+
+    def layout(self) -> Callable[[str], Any]:
+        """Return what gives the tensor that goes by a name here, None where there is none."""
+        return {**self.model_state(), **self.tensors}.get
 
     def options(self) -> list[dict[str, Any]]:
         """Return each group's settings as the program gave them: the rate before a scheduler touched it."""
@@ -147,7 +155,7 @@ class Named:
     def load_model(self, saved: dict[str, Any], skip: Container[str] = ()) -> None:
         """Load weights and buffers, but for those in `skip`."""
         mine = self.model.state_dict()
-        fits = OrderedDict((n, saved[c]) for n in mine if (c := self.clean(n)) in saved and c not in skip)
+        fits = OrderedDict((n, laid(saved[c], mine[n])) for n in mine if (c := self.clean(n)) in saved and c not in skip)
         fits._metadata = getattr(mine, "_metadata", None)  # type: ignore[attr-defined]
         self.model.load_state_dict(fits, strict=False)
 
@@ -169,12 +177,13 @@ class Named:
                 own = {"params", "param_names", *IMPLEMENTATION, *changed(old, new)}
                 packed["param_groups"][i].update({k: v for k, v in saved["groups"][j].items() if k not in own})
                 skip |= set(self.names[i]) if structural(old, new) else set()
-        state = {ids[name]: one for name, one in saved["state"].items() if name in ids and name not in skip}
+        mine = {name: laid(one, self.tensors[name]) for name, one in saved["state"].items() if name in ids and name not in skip}
+        state = {ids[name]: one for name, one in mine.items()}
         self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**packed["state"], **saved["loose"], **state}})
-        for name, k in ids.items():
-            if k in state and name not in rounded:
+        for name, one in mine.items():
+            if name not in rounded:
                 held = self.optimizer.state[self.tensors[name]]
-                held.update(unrounded(held, saved["state"][name]))
+                held.update(unrounded(held, one))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(rate, Tensor):  # a captured step reads this very tensor
                 group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
@@ -182,7 +191,7 @@ class Named:
                 group["lr"] = group["lr"].tolist()
         with torch.no_grad():
             for name, p in outside.items():
-                p.copy_(saved["outside"][name])
+                p.copy_(laid(saved["outside"][name], p))
 
 
 def changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

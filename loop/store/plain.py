@@ -12,6 +12,11 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 LONGEST = 2039  # bits of an integer that torch's safe reader takes
 
 
+def sharded(x: Any) -> bool:
+    """Tell whether a tensor is a DTensor, of which each rank holds its part; asked without importing them, which is slow."""
+    return isinstance(x, torch.Tensor) and hasattr(x, "device_mesh")
+
+
 def not_plain(x: Any, path: str = "", seen: dict[int, torch.dtype] | None = None) -> str | None:
     """Return where `x` holds what `torch.load(weights_only=True)` would refuse, and what it is; None where nowhere.
 
@@ -21,6 +26,9 @@ def not_plain(x: Any, path: str = "", seen: dict[int, torch.dtype] | None = None
         if type(x) is int and x.bit_length() > LONGEST:
             return f"{path} is an integer of {x.bit_length()} bits, more than {LONGEST}"
         return f"{path} is an empty bytes object, which torch can't load again" if x == b"" else None
+    if sharded(x):
+        return f"{path} is a DTensor whose parts are yet to be summed (Partial)" if any(
+            placement.is_partial() for placement in x.placements) else None  # fmt: skip
     if isinstance(x, torch.Tensor) and (type(x) in TENSORS or type(x) in torch.serialization.get_safe_globals()):
         has_memory = x.layout == torch.strided and not x.is_meta and not x.is_nested
         if seen is not None and has_memory and seen.setdefault(x.untyped_storage()._cdata, x.dtype) != x.dtype:
