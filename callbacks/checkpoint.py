@@ -90,17 +90,20 @@ class Checkpoint(Callback):
         contents, copies = capture(), store.Copies()
         contents.check()
         self._saved_at = time.monotonic()
-        if not state.ranks.first:
-            return True
         if self._writer.background:
+            if not state.ranks.first:
+                return True
             self._writer.settle()
             contents.model, contents.state = copies.of(contents.model), copies.of(contents.state)
 
         def save() -> None:
             copies.wait()
-            state.saved = str(store.write(self.folder, contents, reasons, self._known))
+            if state.ranks.together and not self._writer.background:
+                state.saved = str(store.write_together(self.folder, contents, reasons, self._known, state.ranks))
+            else:
+                state.saved = str(store.write(self.folder, contents, reasons, self._known))
 
-        return self._writer.run(save, self._prune)
+        return self._writer.run(save, self._prune if state.ranks.first else lambda: None)
 
     def _prune(self) -> None:
         self._place.prune(self.keep, f"best of {self.key}")

@@ -99,11 +99,14 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     """
     if (found := common(loop.state.ranks, path, strict)) is None:
         return
-    state, saved, mine = loop.state, found.state, {callback.key: callback for callback in loop.callbacks}
+    state, mine = loop.state, {callback.key: callback for callback in loop.callbacks}
+    store.fill(found, store.Named(state.model, state.optimizer).layout())
+    saved = found.state
     alone = own_of(saved, state.ranks)
     saved["callbacks"] |= alone["callbacks"]
     taken, refused = _load_callbacks(mine, saved["callbacks"])
-    named, optimizer = store.Named(state.model, state.optimizer), saved["optimizer"]  # maybe another than before
+    named = store.Named(state.model, state.optimizer)  # maybe another optimizer than before
+    optimizer = saved["optimizer"]
     skip, rounded = named.model_misfits(found.model), named.rounded(found.model)
     amiss = [*skip.values(), *rounded.values(), *named.optimizer_misfits(optimizer, saved["settings"], loop.settings, skip)]
     amiss += [f"{key} has state in the checkpoint and is not in callbacks ({', '.join(mine) or 'none'})"

@@ -44,7 +44,7 @@ def write_together(folder: Path, contents: Contents, reasons: Sequence[str], kno
     contents, shards = split(contents)
     steps = disk.writing(folder, contents, reasons, known) if ranks.first else None
     try:
-        began = _all(ranks, "a checkpoint is begun", lambda: (steps and str(next(steps)), [*shards]))
+        began = _all(ranks, lambda: (steps and str(next(steps)), [*shards]))
         for rank, (_, names) in enumerate(began):
             if unlike := set(names) ^ set(began[0][1]):
                 raise RuntimeError(f"ranks 0 and {rank} hold different sharded tensors: {', '.join(sorted(unlike)[:4])}")
@@ -53,15 +53,15 @@ def write_together(folder: Path, contents: Contents, reasons: Sequence[str], kno
             from .dcp import save
 
             place = Path(began[0][0]) / FOLDER
-            for made in _all(ranks, "the shards of a checkpoint", lambda: save(place, shards, ranks)):
+            for made in _all(ranks, lambda: save(place, shards, ranks)):
                 files |= {f"{FOLDER}/{name}": entry for name, entry in made.items()}
-        return Path(_all(ranks, "a checkpoint", lambda: steps and str(disk.finish(steps, files)))[0])
+        return Path(_all(ranks, lambda: steps and str(disk.finish(steps, files)))[0])
     finally:
         if steps is not None:
             steps.close()
 
 
-def _all(ranks: Ranks, kind: str, act: Callable[[], Any]) -> list[Any]:
+def _all(ranks: Ranks, act: Callable[[], Any]) -> list[Any]:
     """Do it, and return what it gave on each rank; raise where it failed on any.
 
     An OSError is raised by all ranks or by none: a run may go on from a full disk, and then all ranks must.
@@ -74,7 +74,7 @@ def _all(ranks: Ranks, kind: str, act: Callable[[], Any]) -> list[Any]:
     parts: list[Any] = []
     if isinstance(error, OSError):
         parts = [error.errno, error.strerror or str(error), *([str(error.filename)] if error.filename else [])]
-    found = ranks.exchange(kind, (made, error and (repr(error), parts)))
+    found = ranks.exchange("saves", (made, error and (repr(error), parts)))
     failed = [rank for rank, (_, about) in enumerate(found) if about]
     if not failed:
         return [one for one, _ in found]
