@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import multiprocessing as mp
-import os
-import socket
-import time
-from pathlib import Path
 from typing import Any
 
+import many
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import adamw, bits, built_in, by_hand, loss_fn, net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -61,10 +55,7 @@ def own_loss(loop: Loop, loss: Any, train: Any, *, steps: int) -> None:
                 loop.update()
 
 
-def rank_run(rank: int, port: int, folder: str, kind: str, form: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=20))
+def train(rank: int, world: int, kind: str, form: str) -> dict[str, Any]:
     seed = Seed(3)
     model = DistributedDataParallel(net())
     size: Callback = Resize() if kind == "smaller from the start" else MicroBatch("auto")
@@ -85,30 +76,8 @@ def rank_run(rank: int, port: int, folder: str, kind: str, form: str) -> None:
                 return Backward.apply(loss_fn(model, batch)["loss"])
         return loss_fn(model, batch)
 
-    start = time.monotonic()
-    try:
-        {"by hand": by_hand, "built in": built_in, "own loss": own_loss}[form](loop, loss, data(rank), steps=STEPS)
-        found: Any = {"bits": bits(loop), "size": loop.state.micro_batch_size, "step": loop.state.step}
-    except Exception as error:
-        found = {"error": f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}", "s": time.monotonic() - start}
-    torch.save(found, f"{folder}/{rank}.pt")
-    os._exit(0)  # a failed collective may leave threads that a plain exit would wait for
-
-
-def run(tmp_path: Path, kind: str, form: str = "built in") -> list[Any]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    folder = tmp_path / kind.replace(" ", "-")
-    folder.mkdir()
-    spawn = mp.get_context("spawn")
-    ranks = [spawn.Process(target=rank_run, args=(rank, port, str(folder), kind, form), daemon=True) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0, "a rank hangs"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    {"by hand": by_hand, "built in": built_in, "own loss": own_loss}[form](loop, loss, data(rank), steps=STEPS)
+    return {"bits": bits(loop), "size": loop.state.micro_batch_size, "step": loop.state.step}
 
 
 def same(a: Any, b: Any) -> None:
@@ -122,9 +91,9 @@ def same(a: Any, b: Any) -> None:
     *[pytest.param(*other, marks=pytest.mark.slow)
       for other in (("forward", "by hand"), ("backward", "built in"), ("backward", "own loss"))],
 ])  # fmt: skip
-def test_oo10_all_ranks_redo_the_step_at_one_size(tmp_path: Path, kind: str, form: str) -> None:
+def test_oo10_all_ranks_redo_the_step_at_one_size(kind: str, form: str) -> None:
     """Whichever rank ran out of memory before the backward that they share."""
-    expected, found = run(tmp_path, "smaller from the start", form), run(tmp_path, kind, form)
+    expected, found = many.values(train, 2, "smaller from the start", form), many.values(train, 2, kind, form)
     for rank in range(2):
         assert (found[rank].get("size"), found[rank].get("step")) == (4, STEPS), found[rank]
         same(found[rank]["bits"], expected[rank]["bits"])
@@ -132,14 +101,13 @@ def test_oo10_all_ranks_redo_the_step_at_one_size(tmp_path: Path, kind: str, for
     same(*weights)
 
 
-def test_oo10_an_error_of_one_rank_ends_all(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "error")
-    assert "RankFailed: rank 1 failed: KeyError: 'mine'" in first["error"]
-    assert "KeyError: 'mine'" in second["error"]
-    assert max(first["s"], second["s"]) < 20
+def test_oo10_an_error_of_one_rank_ends_all() -> None:
+    first, second = many.errors(train, 2, "error", "built in", within=20)
+    assert "RankFailed: rank 1 failed: KeyError: 'mine'" in first
+    assert second.startswith("KeyError: 'mine'")
 
 
-def test_oo11_the_backward_that_ranks_share_is_not_redone(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "proven size")
-    assert "one of them alone can't redo it" in second["error"]
-    assert "error" in first
+def test_oo11_the_backward_that_ranks_share_is_not_redone() -> None:
+    first, second = many.errors(train, 2, "proven size", "built in")
+    assert "one of them alone can't redo it" in second
+    assert "rank 1" in first

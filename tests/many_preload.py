@@ -1,0 +1,12 @@
+"""What each rank's process would import anew: the fork server that starts them imports it once."""
+
+import torch
+import torch._dynamo  # an optimizer imports it when it is built
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
+
+import hookloop.callbacks
+import hookloop.loop  # noqa: F401
+
+torch.set_num_threads(1)  # a thread pool is nothing that a fork takes along
