@@ -56,7 +56,7 @@ class Checkpoint(Callback):
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
         if state.ranks.first:
-            self._place.open(state.step)
+            self._place.open(state.step, state.ranks.unread)
             self._writer.run(lambda: None, self._prune)  # what a kill cut off
             self._writer.settle()
         self._saved_at = time.monotonic()

@@ -9,6 +9,7 @@ from .store import Named
 from .wrapped import wrapping
 
 if TYPE_CHECKING:
+    from .callback import Callback
     from .session import Session
     from .state import State
 
@@ -29,7 +30,7 @@ def check_alike(loop: Session) -> None:
         "what is trained": [named.clean(name) for name, p in state.model.named_parameters() if p.requires_grad],
         "the optimizer": (named.kind, named.names, named.options()),
         "callbacks": [callback.key for callback in loop.callbacks],
-        **{f"{c.key}.{name}": value for c in loop.callbacks for name, value in vars(c).items() if numeric(name, value)},
+        **{f"{c.key}.{name}": value for c in loop.callbacks for name, value in settings(c)},
         "epochs= and steps=": loop._end,
         "max_skips": loop.max_skips,
         "the step": (state.step, state.epoch),
@@ -42,9 +43,11 @@ def check_alike(loop: Session) -> None:
     state.ranks.alike("begins training", found)
 
 
-def numeric(name: str, value: Any) -> bool:
-    """Tell whether an attribute is a setting that trains differently: paths and names may differ from rank to rank."""
-    return not name.startswith("_") and isinstance(value, bool | int | float)
+def settings(callback: Callback) -> list[tuple[str, Any]]:
+    """Return what a callback of ours was given that trains differently: one of the user's may count, or look, by rank."""
+    ours = type(callback).__module__.split(".")[0] == __name__.split(".")[0]
+    held = vars(callback).items() if ours else ()
+    return [(name, value) for name, value in held if not name.startswith("_") and isinstance(value, bool | int | float)]
 
 
 def parts(x: Any) -> list[tuple[str, Any]]:

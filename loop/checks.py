@@ -91,7 +91,7 @@ def check_parameters(model: torch.nn.Module, optimizer: Any) -> None:
                          "layers are attributes of it, lists of them as nn.ModuleList")  # fmt: skip
     if not any(id(p) in held for p in model.parameters()):
         raise ValueError(f"none of the {len(held)} tensors in {type(optimizer).__name__} is a parameter of the model; build it "
-                         "on model.parameters(), after the model was copied or moved")  # fmt: skip
+                         "on model.parameters(), after the model was copied, moved or sharded (fully_shard)")  # fmt: skip
 
 
 def check_validation(callbacks: Iterable[Any], loader: Any) -> None:

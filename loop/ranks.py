@@ -75,6 +75,7 @@ class Ranks:
         self.rank, self.world, self.together, self.first = rank, world, together, rank == 0 or not together
         self.count = world if together else 1  # of those that share the model
         self.host: Any = None
+        self.unread = set[str]()  # checkpoints that not all ranks can read
         self.over = False  # the ranks have lost one another
         self.leaves = False  # all leave
         self.sharded = False  # by FSDP2, whose every forward is a message

@@ -18,6 +18,7 @@ from .callback import Callback
 from .dispatch import note
 from .mean import Mean
 from .plan import update_samples
+from .wrapped import load_buffers, own_buffers
 
 if TYPE_CHECKING:
     from .ranks import Ranks
@@ -62,6 +63,7 @@ def own(loop: Session) -> dict[str, Any]:
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
         "callbacks": {c.key: state_of(c, loop.state.step) for c in loop.callbacks if c.of_rank},
+        "buffers": own_buffers(loop.state),
     }
 
 
@@ -144,6 +146,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         setattr(state, name, saved["progress"][name])
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
+    load_buffers(state, alone.get("buffers") or {})
     loop.feed.load_state_dict(alone["data"])
     loop.train_loss.load_state_dict(alone["train_loss"], state.device)
     state.saved = str(found.place)
@@ -170,11 +173,11 @@ def common(ranks: Ranks, path: str | os.PathLike[str], strict: bool) -> store.Fo
         with contextlib.suppress(store.Damaged, FileNotFoundError):
             found = store.read(Path(path) / name, strict)
         if all(ranks.exchange("enters `with loop:`", found is not None and found.place.name == name)):
+            step = store.step_of(Path(name))
+            ranks.unread = {place.name for place in store.list_checkpoints(Path(path)) if store.step_of(place) > step}
             log.warning("resumed from %s, the newest checkpoint that all ranks can read; rank by rank that was %s", name, names)
             return found
-    raise RuntimeError(
-        f"resume={str(path)!r}: no checkpoint there can be read by all ranks; rank by rank the newest is {names}"
-    )
+    raise RuntimeError(f"resume={str(path)!r}: no checkpoint there can be read by all ranks; the newest, rank by rank: {names}")
 
 
 Taken = list[tuple[Callback, dict[str, Any]]]

@@ -238,6 +238,8 @@ class Session(Saves):
         self._entered, self._step, self.state.micro = False, None, None
         self.state.spent, self.state.since = self.state.seconds, None
         first = error
+        if first is None and not problems:
+            attempt(lambda: self.state.ranks.agree("leaves `with loop:`"))  # whether all could
         acts, self.state.at_exit = self.state.at_exit, []
         for act in acts[::-1]:
             attempt(functools.partial(act, error or next(iter(problems), None)))

@@ -28,9 +28,7 @@ def decide(state: State, kind: str, *numbers: float) -> list[list[float]]:
     if any(row[0] for row in rows):
         every = ranks.exchange(kind, mine)
         for want in mine:
-            said = [(r, text) for r, each in enumerate(every) for text in each[want]]
-            shared = {text for _, text in said if all(text in each[want] for each in every)}
-            take(state, want, [*dict.fromkeys(text if text in shared else f"{text} (rank {r})" for r, text in said)])
+            take(state, want, [*dict.fromkeys(text for each in every for text in each[want])])
     return [row[1:] for row in rows]
 
 

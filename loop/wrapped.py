@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -60,6 +61,22 @@ def apart(state: State) -> Iterator[None]:
         for module in model.modules() if state.ranks.sharded else ():
             if hasattr(module, "reshard"):  # no backward follows that would do it
                 module.reshard()
+
+
+def own_buffers(state: State) -> dict[str, Any]:
+    """Return the buffers that nobody makes the same on all ranks: FSDP2 never does, DDP does with `broadcast_buffers`."""
+    if not state.ranks.together or getattr(state.model, "broadcast_buffers", False):
+        return {}
+    kept = state.model.state_dict(keep_vars=True).keys()
+    return {name: b.detach() for name, b in state.model.named_buffers() if name in kept and not hasattr(b, "device_mesh")}
+
+
+def load_buffers(state: State, saved: dict[str, Any]) -> None:
+    """Take them back."""
+    with torch.no_grad():
+        for name, b in state.model.named_buffers():
+            if name in saved and saved[name].shape == b.shape:
+                b.copy_(saved[name])
 
 
 def check_gradients(state: State, had: set[Any]) -> None:

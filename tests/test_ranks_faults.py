@@ -145,7 +145,7 @@ def test_sg5_sigterm_to_one_rank_saves_at_the_same_step_and_goes_on_to_the_same_
     ended = many.run(told_to_end, 2, str(tmp_path / "run"), who, False)
     assert ended[who].code == -signal.SIGTERM, ended[who]
     assert ended[1 - who].value[0] == AT, ended[1 - who]
-    assert [path.name for path in (tmp_path / "run").glob("step-*")][-1:] == [f"step-{AT:08}"]
+    assert max(path.name for path in (tmp_path / "run").glob("step-*")) == f"step-{AT:08}"
     for rank, found in enumerate(many.values(told_to_end, 2, str(tmp_path / "run"), who, True)):
         assert found[0] == EPOCHS * BATCHES
         assert_same_bits(found[1], whole[rank][1])
@@ -294,10 +294,11 @@ def full_disk(rank: int, world: int, folder: str, on_failure: str, background: b
 def test_dd4_a_save_that_fails_on_rank_0_ends_all_or_none(tmp_path: Path, background: bool) -> None:
     first, second = many.errors(full_disk, 2, str(tmp_path / "a"), "stop", background)
     assert first.startswith("OSError"), first
-    assert "rank 0 failed: OSError" in second
+    assert "OSError: [Errno 27] File too large" in second
     assert many.values(full_disk, 2, str(tmp_path / "b"), "warn", background) == [EPOCHS * BATCHES] * 2
     for name in "ab":  # what had been saved before is whole
-        assert [path.name for path in (tmp_path / name).glob("step-*")] == [f"step-{BATCHES:08}"]
+        there = [path.name for path in (tmp_path / name).glob("step-*")]
+        assert there == [f"step-{BATCHES:08}"] or (background and not there)  # it may still have been on its way
 
 
 def goes_on(rank: int, world: int, folder: str, ends: int, apart: bool) -> Any:
@@ -614,11 +615,27 @@ def test_st9_nothing_is_said_where_ddp_looks_for_it() -> None:
     assert many.values(unused, 2, "fsdp", "plain") == [2 * BATCHES] * 2
 
 
-def test_micro_batches_that_use_different_parameters_are_refused_under_find_unused_parameters() -> None:
-    """DDP would give up the gradient of a part that only an earlier micro-batch used."""
-    for error in many.errors(unused, 2, "ddp", "alternates"):
-        assert "find_unused_parameters" in error
-        assert "extra" in error or "other" in error
+def alternating(rank: int, world: int) -> Any:
+    """A step whose two micro-batches use different parts, and the same written out in one process."""
+    torch.manual_seed(0)
+    x, y = torch.randn(world, 2, 4, 6), torch.randint(0, 3, (world, 2, 4))
+    ranks, alone = Spare(True), Spare(True)
+    alone.load_state_dict(ranks.state_dict())
+    model = many.wrap(ranks, "ddp", find_unused_parameters=True)
+    loop = Loop(model, torch.optim.SGD(model.parameters(), 0.1), [GradientAccumulation(2)])
+    built_in(loop, loss_fn, [(x[rank, i], y[rank, i]) for i in range(2)], steps=1)
+    for r in range(world):
+        for i in range(2):
+            (loss_fn(alone, (x[r, i], y[r, i]))["loss"] / (2 * world)).backward()
+    torch.optim.SGD(alone.parameters(), 0.1).step()
+    return [p.detach() for p in ranks.parameters()], [p.detach() for p in alone.parameters()]
+
+
+def test_micro_batches_may_use_different_parameters_under_find_unused_parameters() -> None:
+    """DDP keeps count of what any micro-batch used, so the average is exact."""
+    for found, expected in many.values(alternating, 2):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def refused(rank: int, world: int, kind: str) -> None:
@@ -641,7 +658,7 @@ def refused(rank: int, world: int, kind: str) -> None:
 @pytest.mark.parametrize(("kind", "words"), [
     ("not wrapped", ("DistributedDataParallel", "fully_shard", "2 ranks")),
     ("FSDP1", ("FSDP1", "fully_shard")),
-    ("sharded after the optimizer", ("optimizer", "fully_shard")),
+    ("sharded after the optimizer", ("AdamW", "fully_shard")),
     ("sharded after the Loop", ("fully_shard",)),
 ])  # fmt: skip
 def test_refused_by_what_would_have_to_change(kind: str, words: tuple[str, ...]) -> None:

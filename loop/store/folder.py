@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
@@ -24,8 +25,9 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()  # the run may change its directory
 
-    def open(self, step: int) -> None:
-        """Make the folder ready for a run that stands at `step`; what can't be read beyond it is renamed, with a warning.
+    def open(self, step: int, unread: Container[str] = ()) -> None:
+        """Make the folder ready for a run that stands at `step`; what can't be read beyond it, or is `unread`
+        by other ranks, is renamed, with a warning.
 
         Raises OSError where it can't be written, ValueError for one that another Checkpoint of this program writes, or
         that holds checkpoints beyond this run's step.
@@ -38,7 +40,7 @@ class Folder:
             raise ValueError(f"folder {str(self.path)!r} is written by another Checkpoint now; give each its own")
         self.used.add(self)
         for later in (p for p in list_checkpoints(self.path) if step_of(p) > step):
-            if readable(later):
+            if later.name not in unread and readable(later):
                 raise ValueError(f"folder {str(self.path)!r} holds {later.name}, beyond this run's step {step}: give "
                                  f"Loop(..., resume={str(self.path)!r}) to go on from it, or an empty folder")  # fmt: skip
             log.warning("%s can't be read: renamed, since this run comes by that step again", later)
