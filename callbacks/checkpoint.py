@@ -24,8 +24,9 @@ class Checkpoint(Callback):
     with its mode). `background`: a step waits for the copy to host memory alone, and for a save that is still being
     written. `on_failure`: a save that fails (a full disk) leaves the older ones whole and is a warning ("warn") or ends
     the run with its OSError ("stop"). In each folder `model.pt` is the plain state dict, which `torch.load` reads without
-    hookloop. Raises ValueError for bad settings and for a folder that holds checkpoints of another run, OSError at the
-    start for one that can't be written, TypeError at the first save for a callback's state that is no plain data.
+    hookloop; a sharded model's tensors are in `shards/`, for torch.distributed.checkpoint. Raises ValueError for bad settings
+    and for a folder that holds checkpoints of another run, OSError at the start for one that can't be written, TypeError at
+    the first save for a callback's state that is no plain data.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int | timedelta | None = None, keep: int | None = 3,

@@ -116,8 +116,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> store.Contents:
     named = store.Named(model, optimizer)
     best = {name: x.detach().to("cpu", copy=True) for name, x in named.model_state().items()}
-    state = {"optimizer": named.optimizer_state(), "settings": named.options(),
-             "callbacks": {"EarlyStopping": {"best": 1.5, "weights": None}}}  # fmt: skip
+    callbacks = {"EarlyStopping": {"best": 1.5, "weights": None}, "Own": {"deep": [1, (best["3.bias"], {"a": 2})]}}
+    state = {"optimizer": named.optimizer_state(), "settings": named.options(), "callbacks": callbacks}
     return store.Contents(3, named.model_state(), state, {("EarlyStopping", "weights"): best})
 
 
@@ -214,6 +214,9 @@ def test_one_process_reads_what_ranks_wrote(two: tuple[Path, Any]) -> None:
     same(dict(found.model), held_then["saved"]["model"])
     same(found.state["callbacks"]["EarlyStopping"], {"best": 1.5, "weights": held_then["saved"]["model"]})
     same(found.state["optimizer"]["state"], held_then["saved"]["optimizer"])
+    one, (deep, other) = found.state["callbacks"]["Own"]["deep"]
+    assert (one, other) == (1, {"a": 2})
+    same(deep, held_then["saved"]["model"]["3.bias"])
     assert list(found.model) == list(net(0).state_dict())
     assert found.model._metadata == net(0).state_dict()._metadata  # type: ignore[attr-defined]
     model = net(1)
@@ -268,6 +271,47 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(wrote: int, read: int, t
         same(found, first["saved"])
         for name, x in first["later"]["model"].items():
             torch.testing.assert_close(further["model"][name], x)
+
+
+def odd(ranks: Ranks, checkpoint: str, folder: str) -> None:
+    """Into a wider model, into one of another type, and state of another type than its parameter's."""
+    torch.manual_seed(1)
+    wide = split(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3)))
+    named, found = store.Named(wide, adamw(wide)), store.read(checkpoint)
+    assert found is not None
+    store.fill(found, named.layout())
+    amiss = named.model_misfits(found.model)
+    assert list(amiss) == ["1.bias", "1.weight", "3.weight"]
+    assert amiss["1.weight"] == "1.weight is (7, 6) here and (5, 6) in the checkpoint"
+    before = whole(named.model_state())
+    named.load_model(found.model, amiss)
+    now, saved = whole(named.model_state()), whole(found.model)
+    same(now, {name: before[name] if name in amiss else x for name, x in saved.items()})
+
+    double = split(net(1).double())
+    optimizer, found = adamw(double), store.read(checkpoint)
+    named = store.Named(double, optimizer)
+    assert found is not None
+    store.fill(found, named.layout())
+    rounded = named.rounded(found.model)
+    assert rounded["1.weight"] == "1.weight is torch.float64 here and torch.float32 in the checkpoint"
+    named.load_model(found.model)
+    named.load_optimizer(found.state["optimizer"], found.state["settings"], named.options(), rounded=rounded)
+    same(whole(named.model_state()), {name: x.double() if x.is_floating_point() else x for name, x in saved.items()})
+    state = optimizer.state[double[1].weight]
+    same(whole(state["exp_avg"]), whole(found.state["optimizer"]["state"]["1.weight"]["exp_avg"]).double())
+    state["exp_avg"] = state["exp_avg"].float() / 3
+    path = store.write_together(Path(folder), contents(double, optimizer), ["epoch"], {}, ranks)
+    again = split(net(2).double())
+    other, found = adamw(again), store.read(path)
+    assert found is not None
+    take(found, again, other)
+    same(held(again, other), held(double, optimizer))
+    assert other.state[again[1].weight]["exp_avg"].dtype == torch.float32
+
+
+def test_what_does_not_fit_is_named_and_state_keeps_its_type(two: tuple[Path, Any], tmp_path: Path) -> None:
+    run(2, tmp_path, odd, str(two[0]), str(tmp_path / "run"))
 
 
 # Damage
@@ -398,7 +442,9 @@ def test_a_wrong_placeholder_is_refused_by_name(two: tuple[Path, Any], what: str
     resign(checkpoint)
     found = store.read(checkpoint)
     assert found is not None
-    with pytest.raises(manifest.Damaged, match=checkpoint.name):
+    with pytest.raises(
+        manifest.Damaged, match=rf"{checkpoint.name}/(model\.pt was not written by hookloop|shards/__0_0\.distcp)"
+    ):
         store.fill(found)
 
 
@@ -544,6 +590,30 @@ def test_a_model_that_is_not_sharded_is_written_by_the_first_rank_alone(tmp_path
             for part in ("plain", "all")]  # fmt: skip
     assert both[0] == both[1]
     assert len(both[0]) == 4  # with the best weights beside it
+
+
+class Alone:
+    """One process, without a process group."""
+
+    first, host = True, None
+
+    def exchange(self, kind: str, thing: Any) -> list[Any]:
+        return [thing]
+
+
+def test_one_process_writes_the_plain_files(tmp_path: Path) -> None:
+    model = net(0)
+    made, known = contents(model, adamw(model)), dict[Any, Any]()
+    ways = {"plain": store.write(tmp_path / "plain", made, ["epoch"], {}),
+            "all": store.write_together(tmp_path / "all", made, ["epoch"], known, Alone())}  # fmt: skip
+    both = [
+        {p.relative_to(tmp_path / part): p.read_bytes() for p in (tmp_path / part).rglob("*") if p.is_file()} for part in ways
+    ]
+    assert both[0] == both[1]
+    assert list(known) == [("EarlyStopping", "weights")]
+    assert ways["all"] == tmp_path / "all/step-00000003"
+    with pytest.raises(FileExistsError, match="test_sharded"):
+        store.write_together(Path(__file__), made, ["epoch"], {}, Alone())
 
 
 # Copies, and what is refused

@@ -52,8 +52,8 @@ class Named:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer, self.clean = model, optimizer, cleaner(model)
-        whole: list[Any] = [module for module in model.modules() if hasattr(module, "unshard")]
-        for module in whole:  # FSDP2's root is whole after an evaluation: it has other tensors then than the optimizer
+        fsdp: list[Any] = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+        for module in fsdp:  # its root is left whole by an evaluation, and has other tensors then than the optimizer
             module.reshard()
         # The smallest name of a tied tensor, whichever was registered first; a tensor that the model does not hold goes by
         # the name that the optimizer was given, or else by its place.

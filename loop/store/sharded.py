@@ -74,8 +74,8 @@ def _all(ranks: Ranks, act: Callable[[], Any]) -> list[Any]:
     parts: list[Any] = []
     if isinstance(error, OSError):
         parts = [error.errno, error.strerror or str(error), *([str(error.filename)] if error.filename else [])]
-    found = ranks.exchange("saves", (made, error and (repr(error), parts)))
-    failed = [rank for rank, (_, about) in enumerate(found) if about]
+    found = ranks.exchange("saves", (made, None if error is None else (repr(error), parts)))
+    failed = [rank for rank, (_, about) in enumerate(found) if about is not None]
     if not failed:
         return [one for one, _ in found]
     first = next((rank for rank in failed if not found[rank][1][1]), failed[0])
@@ -130,12 +130,14 @@ def fill(found: Found, layout: Callable[[str], Any] = lambda name: None) -> None
         near = (layout(key) for key in reversed(path) if isinstance(key, str))
         return wanted.add(x, next(filter(sharded, near), None))
 
-    try:
-        model, state = mapped(found.model, take), mapped(found.state, take)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise manifest.Damaged(f"{found.place} was not written by hookloop: {error!r}") from None
+    made = []
+    for file, part in zip(disk.FILES, (found.model, found.state), strict=True):
+        try:
+            made.append(mapped(part, take))
+        except (KeyError, TypeError, ValueError) as error:
+            raise manifest.Damaged(f"{found.place / file} was not written by hookloop: {error!r}") from None
     wanted.read()
-    found.model, found.state = model, state
+    found.model, found.state = made
 
 
 def laid(x: Any, like: Any) -> Any:
