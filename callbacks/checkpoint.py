@@ -49,7 +49,7 @@ class Checkpoint(Callback):
 
     def on_setup(self, state: State) -> None:
         """Be the one who writes."""
-        if self._writer.background and any(map(store.sharded, state.model.parameters())):
+        if self._writer.background and any(map(store.is_sharded, state.model.parameters())):
             raise ValueError("background=True can't save a sharded model (fully_shard), whose ranks write together while training "
                              "waits; use background=False")  # fmt: skip
         state.writers.append(self._write)

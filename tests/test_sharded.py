@@ -117,7 +117,8 @@ def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> store.Conten
     named = store.Named(model, optimizer)
     best = {name: x.detach().to("cpu", copy=True) for name, x in named.model_state().items()}
     callbacks = {"EarlyStopping": {"best": 1.5, "weights": None}, "Own": {"deep": [1, (best["3.bias"], {"a": 2})]}}
-    state = {"optimizer": named.optimizer_state(), "settings": named.options(), "callbacks": callbacks}
+    settings = named.options()
+    state = {"optimizer": named.optimizer_state(), "settings": settings, "again": settings, "callbacks": callbacks}
     return store.Contents(3, named.model_state(), state, {("EarlyStopping", "weights"): best})
 
 
@@ -125,7 +126,7 @@ def whole(x: Any) -> Any:
     """Plain data, of which nothing is sharded."""
     if isinstance(x, dict):
         return {key: whole(one) for key, one in x.items()}
-    return x.full_tensor().clone() if store.sharded(x) else x.clone() if isinstance(x, torch.Tensor) else x
+    return x.full_tensor().clone() if store.is_sharded(x) else x.clone() if isinstance(x, torch.Tensor) else x
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
@@ -137,7 +138,7 @@ def local(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tens
     """What lies on this rank."""
     named = store.Named(model, optimizer)
     found = [*named.model_state().values(), *(x for one in named.optimizer_state()["state"].values() for x in one.values())]
-    return [x.to_local() if store.sharded(x) else x for x in found]
+    return [x.to_local() if store.is_sharded(x) else x for x in found]
 
 
 def same(a: Any, b: Any, where: str = "") -> None:
@@ -146,7 +147,7 @@ def same(a: Any, b: Any, where: str = "") -> None:
         for key in a:
             same(a[key], b[key], f"{where} {key}")
     elif isinstance(a, torch.Tensor):
-        assert not any(map(store.sharded, (a, b))), where
+        assert not any(map(store.is_sharded, (a, b))), where
         assert a.dtype == b.dtype, where
         assert torch.equal(a, b), where
     else:
@@ -180,7 +181,7 @@ def write(ranks: Ranks, folder: str) -> Any:
     take(found, again, other)
     assert all(map(torch.equal, local(again, other), after))
     best = found.state["callbacks"]["EarlyStopping"]["weights"]
-    assert all(map(store.sharded, (best["1.weight"], found.state["optimizer"]["state"]["1.weight"]["exp_avg"])))
+    assert all(map(store.is_sharded, (best["1.weight"], found.state["optimizer"]["state"]["1.weight"]["exp_avg"])))
     same(whole(best), full["model"])
     for one, its in ((model, optimizer), (again, other)):
         one.train()
@@ -470,7 +471,7 @@ def said(act: Callable[[], Any]) -> str:
 
 
 def fails(ranks: Ranks, folder: str) -> Any:
-    """Each kind of failure in a row, and a save that goes well after each: the ranks are still in step."""
+    """Each kind of failure in a row, after which the ranks are still in step, and a save goes well."""
     model, found, place = split(net(0)), dict[str, str](), Path(folder)
     optimizer = adamw(model)
     train(model, optimizer, range(1))
@@ -504,12 +505,17 @@ def fails(ranks: Ranks, folder: str) -> Any:
         os.chdir(place / str(ranks.rank))
         write(Path("/proc/self/cwd/run"), contents(model, optimizer))  # as on two machines
 
+    def both() -> None:
+        def act() -> None:
+            raise OSError(5, "the disk is broken") if ranks.first else KeyError("mine")
+
+        store.sharded._all(ranks, "both", act)
+
+    write(place / "ok", contents(model, optimizer))
     for kind, act in {"second rank's shard": lambda: bounded(1, 4000), "first rank's shard": lambda: bounded(0, 4000),
                       "the state": lambda: bounded(0, os.path.getsize(place / "ok/step-00000003/shards/__0_0.distcp")),
                       "no folder": lambda: write(Path(__file__), contents(model, optimizer)),
-                      "unlike": unlike, "elsewhere": elsewhere, "partial": partial}.items():  # fmt: skip
-        if not (place / "ok").exists():
-            write(place / "ok", contents(model, optimizer))
+                      "unlike": unlike, "elsewhere": elsewhere, "partial": partial, "both": both}.items():  # fmt: skip
         if kind == "the state":  # larger than a shard
             model.register_buffer("large", torch.zeros(100_000))
         found[kind] = said(act)
@@ -542,6 +548,7 @@ def test_a_rank_that_fails_ends_the_save_for_all(tmp_path: Path) -> None:
             "is another folder on rank 1 than on rank 0: give Checkpoint one on a file system that all ranks share"
             in said_there
         )
+    assert (first["both"], second["both"]) == ("RuntimeError: rank 1 failed to save: KeyError('mine')", "KeyError: 'mine'")
     assert first["partial"].startswith("TypeError: can't save model['sum'] is a DTensor whose parts are yet to be summed")
 
 

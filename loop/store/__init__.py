@@ -5,7 +5,7 @@ from .disk import Contents, list_checkpoints, step_of, sync, write
 from .folder import Folder
 from .manifest import Damaged
 from .named import Named
-from .plain import plain, reduced, sharded
+from .plain import is_sharded, plain, reduced
 from .read import Found, read, readable
 from .sharded import fill, write_together
 from .writer import Writer
@@ -19,12 +19,12 @@ __all__ = [
     "Named",
     "Writer",
     "fill",
+    "is_sharded",
     "list_checkpoints",
     "plain",
     "read",
     "readable",
     "reduced",
-    "sharded",
     "step_of",
     "sync",
     "write",

@@ -12,7 +12,7 @@ TENSORS = (torch.Tensor, torch.nn.Parameter)
 LONGEST = 2039  # bits of an integer that torch's safe reader takes
 
 
-def sharded(x: Any) -> bool:
+def is_sharded(x: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which each rank holds its part; asked without importing them, which is slow."""
     return isinstance(x, torch.Tensor) and hasattr(x, "device_mesh")
 
@@ -26,7 +26,7 @@ def not_plain(x: Any, path: str = "", seen: dict[int, torch.dtype] | None = None
         if type(x) is int and x.bit_length() > LONGEST:
             return f"{path} is an integer of {x.bit_length()} bits, more than {LONGEST}"
         return f"{path} is an empty bytes object, which torch can't load again" if x == b"" else None
-    if sharded(x):
+    if is_sharded(x):
         return f"{path} is a DTensor whose parts are yet to be summed (Partial)" if any(
             placement.is_partial() for placement in x.placements) else None  # fmt: skip
     if isinstance(x, torch.Tensor) and (type(x) in TENSORS or type(x) in torch.serialization.get_safe_globals()):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import disk, manifest
 from .disk import Contents
-from .plain import sharded
+from .plain import is_sharded
 from .read import Found
 
 KEY = "(in shards)"  # of a placeholder: the tensor's name there
@@ -93,7 +93,7 @@ def split(contents: Contents) -> tuple[Contents, dict[str, tuple[Tensor, dict[st
     shards: dict[str, tuple[Tensor, dict[str, Any]]] = {}
 
     def out(x: Any, path: Places) -> Any:
-        if not sharded(x):
+        if not is_sharded(x):
             return x
         name = ".".join(map(str, path))  # as torch's own flattening has it
         while name in shards:
@@ -128,7 +128,7 @@ def fill(found: Found, layout: Callable[[str], Any] = lambda name: None) -> None
         if type(x) is not dict or KEY not in x:
             return x
         near = (layout(key) for key in reversed(path) if isinstance(key, str))
-        return wanted.add(x, next(filter(sharded, near), None))
+        return wanted.add(x, next(filter(is_sharded, near), None))
 
     made = []
     for file, part in zip(disk.FILES, (found.model, found.state), strict=True):
@@ -142,12 +142,12 @@ def fill(found: Found, layout: Callable[[str], Any] = lambda name: None) -> None
 
 def laid(x: Any, like: Any) -> Any:
     """Return plain data with tensors of the shape of `like` cut as it is; every rank holds them whole, and sends no message."""
-    if not sharded(like):
+    if not is_sharded(like):
         return x
     from torch.distributed.tensor import distribute_tensor
 
     def cut(x: Any, path: Places) -> Any:
-        if sharded(x) or not isinstance(x, Tensor) or x.shape != like.shape:
+        if is_sharded(x) or not isinstance(x, Tensor) or x.shape != like.shape:
             return x
         return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()  # lets go of the whole
 
