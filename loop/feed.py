@@ -13,8 +13,9 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from . import batch as batches
 from .checks import refuse
 from .chunk import Chunk, fresh, own, piece
-from .order import Order, length
+from .order import Order, dealt, length
 from .reading import STOPPED, died, explain, miscounted, shut_down, unsharded
+from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
 from .shape import SAID, convertible, misfit, says_where, shape
 from .store import plain
@@ -36,6 +37,8 @@ class Feed:
         self._source: Iterator[Any] = iter(())
         self._shape: dict[str, Any] = {}
         self._promised: dict[str, Any] = {}  # the shape of the checkpoint's run
+        self.ranks = 1
+        self.begun = 0  # samples of this epoch that another number of ranks used, all of theirs together
         self.constant = False  # one loader is for all epochs; a program that brings its own to each may change it
         self.failed = False  # the error that is on its way came from reading
         self._ahead: list[Any] = []
@@ -84,13 +87,14 @@ class Feed:
         """
         promised, self._promised = self._promised, {}
         inside = self.epoch == epoch
+        check_dealer(self.loader, rank, self.ranks, self.begun if inside and not self._ended else 0)
         if promised and self._shape and (inside or self.constant):
             if odd := misfit(promised, self._shape, inside):
                 refuse(odd, self._strict)
-            elif inside and promised.get("size") != self._shape.get("size"):
-                self._fit(promised.get("size"), self._shape.get("size"))
+            elif inside and promised.get("size", here := self._shape.get("size")) != here:
+                self._fit(promised.get("size"), here)
         if not inside:
-            self.epoch, self.read, self.left, self.offset, self.again = epoch, 0, None, 0, []
+            self.epoch, self.read, self.left, self.offset, self.again, self.begun = epoch, 0, None, 0, [], 0
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
             return  # a used iterator goes on by itself
         self._start(epoch, seed, rank, seeds_samples, device)
@@ -106,6 +110,9 @@ class Feed:
     def _start(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         self._opened, self._ahead, offset, read = self.loader, [], self.offset, self.read
         self._streams, self._base = [], derive(seed, "read", epoch, rank)
+        if self._ended and self.begun and not read:  # an epoch of other ranks, that went to its end
+            self._source = iter(())
+            return
         (kept, ended), self._kept, self._ended = self._kept or (None, False), None, False
         goes_on = self._stateful and says_where(kept) and (ended or bool(read))
         if goes_on:
@@ -117,7 +124,8 @@ class Feed:
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
                 seeds_samples = seeds_samples or self.loader.num_workers > 0
-                self._source = self._reading(self.order.iterate, seed, epoch, rank, read, seeds_samples)
+                self.order.several = self.ranks > 1
+                self._source = self._reading(self.order.iterate, seed, epoch, rank, read, seeds_samples, self.begun)
             else:
                 self._source = self._reading(iter, self.loader)
                 if not (goes_on and read):
@@ -188,7 +196,9 @@ class Feed:
             self.left, self.read, self.offset = Chunk(data, list(index) if known else None), self.read + 1, 0  # type: ignore[arg-type]
         elif self.left is None and not self.again and not self._ended:
             self._ended = True
-            if not self._lied and (text := miscounted(self.loader, self.read)):
+            with dealt(None if self.order is None else self.order.dealer, self.begun):
+                text = None if self._lied else miscounted(self.loader, self.read)
+            if text:
                 self._lied = True
                 log.warning("%s: what counts on it, as state.total_steps and schedules do, is off", text)
         return self.left is not None or bool(self.again)
@@ -249,11 +259,13 @@ class Feed:
     @property
     def empty(self) -> str | None:
         """Why the epoch gave no batch at all; None where it gave one, or began inside."""
-        if self.read or self.more():
+        if self.read or self.begun or self.more():
             return None
         if isinstance(self.loader, Iterator):
             kind = type(self.loader).__name__
             return f"the loader is an iterator ({kind}) with nothing left; pass what can be iterated again"
+        if text := without(self.loader):
+            return text
         if self.order is not None and self.order.mapped:
             count, loader = length(self.loader.dataset), self.loader
             sizes = f"{count} samples, batch {loader.batch_size}, drop_last={loader.drop_last}"
@@ -269,10 +281,11 @@ class Feed:
         passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
         own_state = self.loader.state_dict() if self._stateful and self._opened is self.loader and not passed else None
         return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept,
-                "loader": own_state, "ended": self._ended}  # fmt: skip
+                "loader": own_state, "ended": self._ended, "begun": self.begun}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""
         self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
+        self.begun, self._ended = state.get("begun", 0), state.get("ended", False)
         self._kept = None if state.get("loader") is None else (state["loader"], state["ended"])

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from . import batch as batches
 from .rng import derive, isolated, mix, seed_streams
+
+HEAD, ENOUGH = 64, 12  # batches that two epochs are compared by; so few samples a shuffle may well give alike twice
 
 
 class Seeded:
@@ -42,13 +44,20 @@ class Order:
         self.slot = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self.inner: Any = getattr(loader, self.slot)
         self.drawn: deque[Any] = deque()
-        self.seed, self.skip = 0, 0
+        self.seed = self.epoch = self.skip = self.begun = 0
         self.base: int | None = None
+        self.dealer = dealer(loader) if mapped else None
+        self.several = False  # ranks, each of which reads its part of an order
+        self._head: tuple[int, list[Any]] | None = None
 
-    def iterate(self, seed: int, epoch: int, rank: int, skip: int, seeds_samples: bool) -> Iterator[Any]:
-        """Iterate the loader in the order of (seed, epoch) from the `skip`-th batch on; its own sampler stays its own."""
+    def iterate(self, seed: int, epoch: int, rank: int, skip: int, seeds_samples: bool, begun: int = 0) -> Iterator[Any]:
+        """Iterate the loader in the order of (seed, epoch) from the `skip`-th batch on; its own sampler stays its own.
+
+        `begun`: what other numbers of ranks used of the epoch, in samples, all ranks' together; the rest is dealt out anew.
+        """
         loader, self.seed, self.skip = self.loader, derive(seed, "order", epoch), skip if self.mapped else 0
-        self.base = derive(seed, "sample", epoch, rank) if seeds_samples else None
+        self.epoch, self.begun = epoch, begun
+        self.base = derive(seed, "sample", epoch, rank, *([begun] if begun else [])) if seeds_samples else None
         self.drawn.clear()
         for owner in self._owners():
             if hasattr(owner, "set_epoch"):
@@ -73,21 +82,71 @@ class Order:
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Any]:
-        with isolated(torch.device("cpu"), self.seed):
+        compared = self.several and self.mapped and not any(hasattr(x, "set_epoch") for x in samplers(self.inner))
+        with isolated(torch.device("cpu"), self.seed), dealt(self.dealer, self.begun):
             for generator in own_generators(self._owners()):
                 generator.manual_seed(self.seed)
             iterator = iter(self.inner)
-            first = list(itertools.islice(iterator, 1))
+            first = list(itertools.islice(iterator, HEAD if compared else 1))
+        if compared:
+            self._compare(first)
         for number, drawn in itertools.islice(enumerate(itertools.chain(first, iterator)), self.skip, None):
             if self.mapped:
                 self.drawn.append(drawn)
             yield drawn if self.base is None else self._seeded(drawn, mix(self.base, number))
+
+    def _compare(self, first: list[Any]) -> None:
+        """Refuse an order that is no plain one and the same in two epochs: nothing we seed reaches what drew it."""
+        head = [i for drawn in first for i in (drawn if isinstance(drawn, list | tuple) else [drawn])]
+        epoch, before = self._head = self._head or (self.epoch, head)
+        if epoch != self.epoch and len(head) >= ENOUGH and head == before and not ascending(head):
+            kind = type(samplers(self.inner)[-1]).__name__
+            raise ValueError(f"{kind} gives the same shuffled order in epochs {epoch} and {self.epoch}, and nothing lets the ranks "
+                             "draw another one together; give it a method set_epoch(epoch), called before each epoch, or an "
+                             "attribute `generator` (torch.Generator) that it draws from")  # fmt: skip
 
     def _seeded(self, drawn: Any, key: int) -> Any:
         if self.loader.num_workers == 0:
             seed_streams(key, [torch.default_generator])  # the samples are read next, here
             return drawn
         return Seeded(drawn, key)
+
+
+def samplers(inner: Any) -> list[Any]:
+    """Return a (batch) sampler, and the one inside it."""
+    return [x for x in (inner, getattr(inner, "sampler", None)) if x is not None]
+
+
+def ascending(indices: list[Any]) -> bool:
+    """Tell whether indices never go down."""
+    with contextlib.suppress(Exception):  # keys of any kind, which may have no order
+        return all(a <= b for a, b in itertools.pairwise(indices))
+    return False
+
+
+def dealer(loader: Any) -> DistributedSampler[Any] | None:
+    """Return the sampler that deals a loader's order out to ranks in torch's own way; None for any other."""
+    found = [*samplers(getattr(loader, "batch_sampler", None)), getattr(loader, "sampler", None)]
+    return next((x for x in found if getattr(type(x), "__iter__", None) is DistributedSampler.__iter__), None)
+
+
+@contextlib.contextmanager
+def dealt(sampler: DistributedSampler[Any] | None, begun: int = 0) -> Iterator[None]:
+    """Have a DistributedSampler deal out the order without its first `begun` samples, none of them twice, for a while.
+
+    It is the sampler itself that does, under other numbers, so that whatever iterates or measures it finds them.
+    """
+    if sampler is None:
+        yield
+        return
+    total, ranks, start = len(sampler.dataset), sampler.num_replicas, begun + sampler.rank  # type: ignore[arg-type]
+    stop = begun + (total - begun) // ranks * ranks if sampler.drop_last else total
+    before = {name: vars(sampler)[name] for name in ("rank", "num_samples", "total_size")}
+    vars(sampler).update(rank=start, num_samples=len(range(start, stop, ranks)), total_size=stop)
+    try:
+        yield
+    finally:
+        vars(sampler).update(before)
 
 
 def owners(loader: Any, inner: Any) -> list[Any]:
@@ -104,20 +163,26 @@ def own_generators(owners: Iterable[Any]) -> list[torch.Generator]:
 
 @contextlib.contextmanager
 def apart(loader: Any, key: int | None) -> Iterator[None]:
-    """Seed a loader's own generators for a while, and put them back; None leaves them alone."""
+    """Seed a loader's own generators for a while, and put them back; None leaves them alone. No sample comes twice."""
     found = [] if key is None else own_generators(owners(loader, getattr(loader, "batch_sampler", None)))
     before = [generator.get_state() for generator in found]
     try:
         for generator in found:
             generator.manual_seed(key or 0)
-        yield
+        with dealt(dealer(loader)):
+            yield
     finally:
         for generator, state in zip(found, before, strict=True):
             generator.set_state(state)
 
 
 def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
-    """Return the batches and samples of one pass, None where unknown; `walk` through a custom batch sampler to see."""
+    """Return the batches and samples of this rank's pass, None where unknown; `walk` through a custom batch sampler to see."""
+    with dealt(dealer(loader)):
+        return _extent(loader, walk)
+
+
+def _extent(loader: Any, walk: bool) -> tuple[int | None, int | None]:
     count = length(loader)
     if isinstance(loader, DataLoader) and count is not None and not isinstance(loader.dataset, IterableDataset):
         sampler = loader.batch_sampler

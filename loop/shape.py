@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from .order import length
+from .order import dealer, length
 
 SAID = {
     "data": "the data set holds {} samples",
@@ -15,8 +15,9 @@ SAID = {
     "batches": "the loader gives {} batches",
     "workers": "the loader of an IterableDataset, which gives each worker its part, has {} workers",
     "size": "the loader's batch size is {}",
+    "order": "the DistributedSampler has {}",
 }
-INSIDE = ("workers", "size")  # no matter where an epoch begins anew
+INSIDE = ("workers", "size", "order")  # no matter where an epoch begins anew
 
 
 def shape(loader: Any) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def shape(loader: Any) -> dict[str, Any]:
         return {"batches": length(loader)}
     batched, iterable = loader.batch_sampler, isinstance(loader.dataset, IterableDataset)
     sampler = getattr(batched, "sampler", loader.sampler)
+    deals = dealer(loader) if not iterable and standard(loader) else None
     return {
         "data": length(loader.dataset),
         "drawn": None if iterable else length(sampler),
@@ -32,6 +34,9 @@ def shape(loader: Any) -> dict[str, Any]:
         "batches": None if batched is None or standard(loader) else length(batched),
         "workers": loader.num_workers if iterable else None,
         "size": getattr(batched, "batch_size", None),
+        "order": None if deals is None else f"shuffle={deals.shuffle}, seed={deals.seed}, drop_last={deals.drop_last}",
+        "ranks": None if deals is None else deals.num_replicas,
+        "dropped": None if deals is None else deals.drop_last,
     }
 
 
