@@ -37,7 +37,7 @@ class Feed:
         self._source: Iterator[Any] = iter(())
         self._shape: dict[str, Any] = {}
         self._promised: dict[str, Any] = {}  # the shape of the checkpoint's run
-        self.ranks = 1
+        self.ranks, self.rereads = 1, False  # under several ranks a position holds no data that can be read again
         self.begun = 0  # samples of this epoch that another number of ranks used, all of theirs together
         self.constant = False  # one loader is for all epochs; a program that brings its own to each may change it
         self.failed = False  # the error that is on its way came from reading
@@ -123,7 +123,7 @@ class Feed:
         with isolated(device, derive(seed, "loader", epoch, rank)):
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
-                seeds_samples = seeds_samples or self.loader.num_workers > 0
+                seeds_samples = seeds_samples or self.loader.num_workers > 0 or self.rereads
                 self.order.several = self.ranks > 1
                 self._source = self._reading(self.order.iterate, seed, epoch, rank, read, seeds_samples, self.begun)
             else:
@@ -275,8 +275,9 @@ class Feed:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""
         (read, offset), left = self._before if self.again else (self.read, self.offset), self.left
-        kept = None if left is None or self.again else [batches.walk(left.data, own), left.index, left.size]
-        if self.again or not plain(kept):
+        again = bool(self.again) or (left is not None and self.rereads and self.order is not None and self.order.mapped)
+        kept = None if left is None or again else [batches.walk(left.data, own), left.index, left.size]
+        if again or not plain(kept):
             read, kept = read - 1, None  # it is read again, and its used samples left out
         passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
         own_state = self.loader.state_dict() if self._stateful and self._opened is self.loader and not passed else None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Samples, adamw, built_in, loss_fn, net
+from helpers import KillAt, Killed, Samples, adamw, assert_same_bits, bits, built_in, loss_fn, net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
-from hookloop.callbacks import Seed
+from hookloop.callbacks import Checkpoint, DynamicBatchSize, Seed
 from hookloop.loop import Callback, Loop
 from hookloop.loop.feed import Feed
 from hookloop.loop.order import extent
@@ -31,7 +32,7 @@ def sharded(data: Any, size: int, rank: int, world: int, **more: Any) -> DataLoa
 def begin(loader: Any, rank: int, world: int, position: Any = None, epoch: int = 0) -> Feed:
     """A rank's feed, at the start of an epoch or at a position."""
     feed = Feed(None, lambda data: len(data[0]), True)
-    feed.ranks = world
+    feed.ranks, feed.rereads = world, world > 1
     feed.attach(loader)
     if position is not None:
         feed.load_state_dict(position)
@@ -175,6 +176,9 @@ def test_a_sampler_of_another_rank_is_refused() -> None:
         begin(sharded(Samples(9), 2, 0, 2), 1, 2)
 
 
+# Positions
+
+
 class Noisy(Samples):
     """Samples with noise of torch's global generator."""
 
@@ -189,9 +193,76 @@ def tensors(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seeded", [True, False])
+def test_a_position_holds_no_data_and_gives_the_same_bits(workers: int, seeded: bool) -> None:
+    """Inside a loader batch, at its border, and with a batch read ahead of which nothing was used."""
+
+    def feed(position: Any = None) -> Feed:
+        loader = sharded(Noisy(27), 4, 1, 2, num_workers=workers)
+        feed = Feed(None, lambda data: len(data[0]), True)
+        feed.ranks, feed.rereads = 2, True
+        feed.attach(loader)
+        if position is not None:
+            feed.load_state_dict(position)
+        feed.open(0, 5, 1, seeded, CPU)
+        return feed
+
+    def left(feed: Feed) -> list[torch.Tensor]:
+        found = []
+        while feed.more():
+            found += [chunk.data[0] for chunk in feed.gather(3, 1)]
+        return found
+
+    undisturbed = left(feed())
+    for count in range(1, 5):
+        for ahead in (False, True):
+            going = feed()
+            found = []
+            for _ in range(count):
+                going.more()
+                found += [chunk.data[0] for chunk in going.gather(3, 1)]
+            if ahead:
+                going.more()
+            position = going.state_dict()
+            assert not tensors(position)
+            torch.rand(count)
+            found += left(feed(position))
+            assert torch.equal(torch.cat(found), torch.cat(undisturbed))
+            going.detach()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("seeded", [True, False])
+def test_a_run_that_reads_again_ends_with_the_same_bits(seeded: bool, workers: int, tmp_path: Path) -> None:
+    """Killed at a step's end again and again, with dropout and random augmentation."""
+
+    def train(folder: Path | None, kill: int | None = None) -> Loop:
+        save = [Checkpoint(folder, every=1)] if folder else []
+        model = net()
+        loop = Loop(
+            model, adamw(model), [*([Seed(5)] if seeded else []), DynamicBatchSize(3, 3), *save, KillAt(kill)], resume=folder
+        )
+        loop.feed.rereads = True
+        built_in(loop, loss_fn, sharded(Noisy(30), 4, 1, 2, num_workers=workers), epochs=2)
+        return loop
+
+    expected = bits(train(None))
+    for kill in (2, 4, 6, 8):
+        with pytest.raises(Killed):
+            train(tmp_path, kill)
+    assert_same_bits(expected, bits(train(tmp_path)))
+
+
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         return iter([(torch.zeros(6), 0, i) for i in range(20)])
+
+
+def test_what_cannot_be_read_again_is_kept() -> None:
+    feed = begin(DataLoader(Stream(), 4), 0, 2)
+    assert step(feed, 3) == [0, 1, 2]
+    assert tensors(feed.state_dict()["left"])
 
 
 # Another number of ranks
