@@ -99,10 +99,10 @@ class Checkpoint(Callback):
 
         def save() -> None:
             copies.wait()
-            if state.ranks.together and not self._writer.background:
-                state.saved = str(store.write_together(self.folder, contents, reasons, self._known, state.ranks))
-            else:
+            if self._writer.background:  # of one rank
                 state.saved = str(store.write(self.folder, contents, reasons, self._known))
+            else:
+                state.saved = str(store.write_together(self.folder, contents, reasons, self._known, state.ranks))
 
         return self._writer.run(save, self._prune if state.ranks.first else lambda: None)
 

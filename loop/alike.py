@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from .batch import leaves
+from .reshard import first_batch_digest
 from .shape import shape
 from .store import Named
 from .wrapped import wrapping
@@ -58,9 +63,23 @@ def parts(x: Any) -> list[tuple[str, Any]]:
     return [("kind", kind), *((f"group {i}", group) for i, group in enumerate(zip(names, options, strict=True)))]
 
 
-def longest(state: State, steps: int | None) -> int | None:
-    """Return the updates of the rank that has most: the others take part in all of them."""
-    if not state.ranks.together:
-        return steps
-    every = [row[0] for row in state.ranks.agree("begins training", -1 if steps is None else steps)]
-    return None if min(every) < 0 else int(max(every))
+def as_longest(state: State) -> None:
+    """Count the updates, and the samples of an epoch, of the rank that has most: the others take part in all of them."""
+    if state.ranks.together:
+        rows = state.ranks.agree("begins training", *(-1 if x is None else x for x in (state.total_steps, state.epoch_samples)))
+        steps, samples, *_ = zip(*rows, strict=True)
+        state.total_steps = None if min(steps) < 0 else int(max(steps))
+        state.epoch_samples = None if min(samples) < 0 else int(max(samples))
+
+
+def check_apart(loop: Session) -> None:
+    """Warn, at a run's first data, where ranks read the same: each sample would count as often as there are ranks."""
+    if "apart" in loop.warned:
+        return
+    loop.warned.add("apart")
+    left = loop.feed.left
+    told = left is not None and any(isinstance(x, Tensor) for _, x in leaves(left.data))
+    every = loop.state.ranks.exchange("begins a pass over its data", first_batch_digest(left.data) if left and told else None)
+    if loop.state.ranks.first and None not in every and len({*every}) == 1:
+        warnings.warn(f"all {len(every)} ranks read the same first batch, so that each sample counts {len(every)} times: give the "
+                      "loader sampler=torch.utils.data.DistributedSampler(dataset)", stacklevel=2)  # fmt: skip

@@ -18,6 +18,7 @@ from .callback import Callback
 from .dispatch import note
 from .mean import Mean
 from .plan import update_samples
+from .reshard import reshard
 from .wrapped import load_buffers, own_buffers
 
 if TYPE_CHECKING:
@@ -72,11 +73,9 @@ def own_of(saved: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     every = saved.get("ranks") or [{**saved, "callbacks": {}}]
     if len(every) == ranks.count:
         return dict(every[ranks.rank])
-    from .reshard import reshard
-
     losses = Mean.joined([each["train_loss"] for each in every]) if ranks.first else Mean()
     return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(), "callbacks": {},
-            "data": reshard([each["data"] for each in every], ranks.rank, ranks.count)}  # fmt: skip
+            "data": reshard([each["data"] for each in every], ranks.rank, ranks.count, saved["progress"]["epoch"])}  # fmt: skip
 
 
 def promised(saved: dict[str, Any]) -> int | None:

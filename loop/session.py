@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
-from .alike import check_alike, longest
+from .alike import as_longest, check_alike, check_apart
 from .around import check_around
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
@@ -79,6 +79,7 @@ class Session(Saves):
         self.weigh, self.cut, self.max_skips, self.resume, self.strict = weigh, cut, max_skips, resume, strict
         self.measure = functools.partial(batches.measure, weigh=weigh)
         self.feed, self.train_loss = Feed(cut, self.measure, strict), Mean()
+        self.feed.ranks, self.feed.rereads = self.state.ranks.count, self.state.ranks.together
         self.seed: int | None = None
         self.promised: int | None = None  # samples of an update, by the checkpoint
         self.wrapping: set[Any]  # what shares the model between ranks
@@ -152,7 +153,8 @@ class Session(Saves):
                 to_train(state.model)
         self.modes = modes_of(state.model)
         if loader is not None:
-            state.total_steps = longest(state, count_steps(self.callbacks, state, *self._end))
+            state.total_steps = count_steps(self.callbacks, state, *self._end)
+            as_longest(state)
             self.feed.attach(loader)
             self._check_promised()
         if state.seed is not None:
@@ -160,6 +162,7 @@ class Session(Saves):
         elif self.seed is None:  # one draw, as iterating a DataLoader makes, says this run's order
             drawn, own = int(torch.empty((), dtype=torch.int64).random_()), getattr(loader, "generator", None)
             self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
+            self.seed = state.ranks.exchange("begins training", self.seed)[0]
         if state.seed is not None:
             self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
         if loader is not None and self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
@@ -172,9 +175,12 @@ class Session(Saves):
         """Refuse, once after a restore, updates of another size than the checkpoint's run would make here."""
         promised, self.promised = self.promised, None
         here = None if promised is None else update_samples(self.callbacks, self.state)
-        if here is not None and (here := here * self.state.ranks.count) != promised:
-            refuse(f"an update holds {here} samples here and {promised} in the checkpoint's run (ranks times batch size times "
-                   "accumulation)", self.strict)  # fmt: skip
+        count = self.state.ranks.count
+        if here is not None and promised is not None and here * count != promised:
+            remedy = f"; give each of {count} ranks {promised / count:g}" if promised % count == 0 else (
+                f"; take a number of ranks that divides {promised}")  # fmt: skip
+            refuse(f"an update holds {here * count} samples here and {promised} in the checkpoint's run (ranks times batch size "
+                   f"times accumulation){remedy if count > 1 else ''}", self.strict)  # fmt: skip
 
     def _open_epoch(self, loader: Any) -> None:
         """Bring the loader to where the run stands."""
@@ -201,6 +207,7 @@ class Session(Saves):
             raise ValueError(feed.empty)
         if state.ranks.together:
             self._more = any(row[0] for row in decide(state, "begins a pass over its data", feed.more()))
+            check_apart(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         problems: list[BaseException] = []
