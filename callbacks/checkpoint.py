@@ -13,20 +13,20 @@ from ..loop import store
 from ..loop.callback import Callback
 from ..loop.checks import among, flag, whole
 from ..loop.goal import Goal, Tracker
+from ..loop.ranks import Ranks
 from ..loop.state import State
 
 
 class Checkpoint(Callback):
     """Saves everything that the run needs to continue to the same bits: `Loop(..., resume=folder)` does.
 
-    Written at each epoch's end, at the end of training, and every `every` updates or `timedelta`; whole or not at all,
-    after every callback's hook has run. The newest `keep` stay (None: all), and the best of `best` (a metric or `Goal`
-    with its mode). `background`: a step waits for the copy to host memory alone, and for a save that is still being
-    written. `on_failure`: a save that fails (a full disk) leaves the older ones whole and is a warning ("warn") or ends
-    the run with its OSError ("stop"). In each folder `model.pt` is the plain state dict, which `torch.load` reads without
-    hookloop; a sharded model's tensors are in `shards/`, for torch.distributed.checkpoint. Raises ValueError for bad settings
-    and for a folder that holds checkpoints of another run, OSError at the start for one that can't be written, TypeError at
-    the first save for a callback's state that is no plain data.
+    Written at each epoch's end, at the end of training, and every `every` updates or `timedelta`; whole or not at all, after
+    every callback's hook has run; of several ranks once. The newest `keep` stay (None: all), and the best of `best` (a metric
+    or `Goal` with its mode). `background`: a step waits for the copy to host memory alone, and for a save that is still being
+    written. `on_failure`: a save that fails (a full disk) leaves the older ones whole and is a warning ("warn") or ends the run
+    with its OSError ("stop"). `model.pt` is the plain state dict, which `torch.load` reads without hookloop; a sharded model's
+    tensors are in `shards/`. Raises ValueError for bad settings and for a folder that holds checkpoints of another run, OSError
+    at the start for one that can't be written, TypeError at the first save for a callback's state that is no plain data.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int | timedelta | None = None, keep: int | None = 3,
@@ -43,9 +43,7 @@ class Checkpoint(Callback):
         self.tracker = None if best is None else Tracker(Goal.of(best))
         self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
         self.optional = () if every is None else ("on_epoch_end",)
-        self._saved_at = time.monotonic()
-        self._writer = store.Writer(background, on_failure)
-        self._known = dict[tuple[str, str], Any]()
+        self._writer, self._known = store.Writer(background, on_failure), dict[tuple[str, str], Any]()
 
     def on_setup(self, state: State) -> None:
         """Be the one who writes."""
@@ -99,10 +97,8 @@ class Checkpoint(Callback):
 
         def save() -> None:
             copies.wait()
-            if self._writer.background:  # of one rank
-                state.saved = str(store.write(self.folder, contents, reasons, self._known))
-            else:
-                state.saved = str(store.write_together(self.folder, contents, reasons, self._known, state.ranks))
+            ranks = Ranks() if self._writer.background else state.ranks  # in the background one writes alone
+            state.saved = str(store.write_together(self.folder, contents, reasons, self._known, ranks))
 
         return self._writer.run(save, self._prune if state.ranks.first else lambda: None)
 

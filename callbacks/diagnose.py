@@ -31,8 +31,7 @@ class Diagnose(Callback):
     one of divergence, rate_too_high, noise, overfitting, plateau, rate_too_low, underfitting; all but the first two need four
     reports, at even distances, the last three a loss above 0. Losses travel to the host meanwhile, and are waited for at a
     report, a save and the end. Raises ValueError for bad settings and updates without a loss, KeyError for a missing metric.
-    (Ng 2018, Machine Learning Yearning; Smith 2018, https://arxiv.org/abs/1803.09820; Bengio 2012,
-    https://arxiv.org/abs/1206.5533; Karpathy 2019, A Recipe for Training Neural Networks)
+    (Ng 2018, Machine Learning Yearning; Smith 2018, arXiv:1803.09820; Bengio 2012, arXiv:1206.5533; Karpathy 2019, A Recipe)
     """
 
     of_rank = True
@@ -40,14 +39,13 @@ class Diagnose(Callback):
     def __init__(self, metric: str | None = None, target: float | None = None) -> None:
         if metric is not None and (not isinstance(metric, str) or not metric):
             raise ValueError(f"metric must be the name of a validation loss, such as 'val_loss', or None, not {metric!r}")
-        known = isinstance(target, int | float) and not isinstance(target, bool) and math.isfinite(target)
-        if target is not None and not known:
+        good = isinstance(target, int | float) and not isinstance(target, bool) and math.isfinite(target)
+        if target is not None and not good:
             raise ValueError(f"target must be a finite loss that is good enough, or None, not {target!r}")
         self.metric, self.target, self.watches = metric, target, () if metric is None else (metric,)
-        self.points: list[Point] = []
         self.first: float | None = None
         self.finding: Finding | None = None
-        self._now, self._losses, self._host = Interval(), list[Any](), HostCopy()
+        self.points, self._now, self._losses, self._host = list[Point](), Interval(), list[Any](), HostCopy()
 
     def on_fit_start(self, state: State) -> None:
         """Have the next report hold every kind's number, so that each callback sees this report's verdict in it."""

@@ -13,23 +13,10 @@ from ..loop.checks import whole
 from ..loop.host import HostCopy
 from ..loop.state import State, values_of
 from .batch_policies import Grow, Policy
+from .gradient_noise import over_ranks, two_batch_estimate, wide
 
 KEPT = ("means", "count", "growths", "_decided")
 log = logging.getLogger("hookloop")
-
-
-def two_batch_estimate(small: Any, big: Any, few: Any, many: Any) -> tuple[Any, Any]:
-    """Return unbiased estimates (trace of the gradient's covariance per sample, squared norm of the true gradient).
-
-    `small`, `big`: squared norms of the mean gradient over `few` and over `many` samples. Their ratio is the simple
-    noise scale. (McCandlish et al. 2018, https://arxiv.org/abs/1812.06162, appendix A.1)
-    """
-    return (small - big) / (1 / few - 1 / many), (many * big - few * small) / (many - few)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return the tensor in a type in which the square of a norm fits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class NoiseScale(Policy, Callback):
@@ -83,7 +70,7 @@ class NoiseScale(Policy, Callback):
                 log.warning("NoiseScale can't measure updates of one sample: begin with a batch of 2, or accumulate")
             return
         norm, found, self._small, self._measured = wide(state.grad_norm), self._small, None, state.step
-        small, few, many = self._over_ranks(state, norm, found)
+        small, few, many = over_ranks(state, norm, found)
         new = torch.stack(two_batch_estimate(small, norm**2, few, many))
         old = self.means.to(norm.device)  # restored ones lie on the host
         good = torch.isfinite(new).all()  # one bad gradient must not stay in the averages
@@ -92,16 +79,6 @@ class NoiseScale(Policy, Callback):
         state.log("noise_scale", self.means[0] / self.means[1])
         self._host.pending.clear()  # only the latest counts, and where nobody asks for a size none is taken
         self._host.put(self.count, {"noise": self.means[0], "signal": self.means[1]})
-
-    def _over_ranks(self, state: State, norm: Tensor, found: tuple[Tensor, Any] | None) -> tuple[Any, Any, Any]:
-        """Return the squared norm, and of how many samples it is, as their means over ranks, and the samples of all."""
-        if not state.ranks.together:
-            assert found is not None
-            return found[0], found[1] * state.update_size, state.update_size
-        mine = [0.0, 0.0] if found is None else [found[0], 1 / found[1]]
-        row = torch.stack([torch.as_tensor(x, dtype=norm.dtype, device=norm.device) for x in (*mine, state.update_size)])
-        small, parts, many = state.ranks.total(row)
-        return small / state.world, many / parts, many  # not finite, and left out, where no rank measured
 
     def size(self, state: State, grow: Grow) -> int:
         """Return the batch size that the noise measured so far asks for."""

@@ -3,12 +3,11 @@
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..loop.callback import Callback
 from ..loop.checks import among, share, whole
-from ..loop.finite import finite, names, spoilt, statistics, watched
+from ..loop.finite import names, spoilt, statistics, verdicts, watched
 from ..loop.host import HostCopy
 from ..loop.kept import Kept, put_back
 from ..loop.state import State
@@ -71,9 +70,7 @@ class NonFinite(Callback):
         loss, self._loss = state.given_loss if self._loss is None else self._loss, None
         if not (found := watched(state, loss, self._buffers or ())) and not state.ranks.together:
             return
-        good, owners = finite([tensor for _, tensor in found]), [owner for owner, _ in found]
-        if state.ranks.together:  # one verdict for all
-            good, owners = torch.cat([good, state.ranks.all(good.all())[None]]), [*owners, "what another rank holds"]
+        good, owners = verdicts(state, found)
         self._host.put((state.step, owners), {"good": good}, most_dims=1)
         if self.action == "stop":
             self._read(state, all=False)

@@ -69,3 +69,13 @@ def finite(tensors: Iterable[Tensor]) -> Tensor:
             return flags
         found.update(zip(places, flags.to(dense[0].device, non_blocking=True), strict=True))
     return torch.stack([found[i] for i in range(len(dense))])
+
+
+def verdicts(state: State, found: Iterable[tuple[str | Tensor, Tensor]]) -> tuple[Tensor, list[str | Tensor]]:
+    """Return whether each of `watched` is finite, and what it is; of several ranks also whether all of what others hold is."""
+    held = list(found)
+    good, owners = finite([tensor for _, tensor in held]), [owner for owner, _ in held]
+    if not state.ranks.together:
+        return good, owners
+    mine = good.all()
+    return torch.cat([good, (state.ranks.all(mine) | ~mine)[None]]), [*owners, "what another rank holds"]

@@ -509,7 +509,7 @@ def fails(ranks: Ranks, folder: str) -> Any:
         def act() -> None:
             raise OSError(5, "the disk is broken") if ranks.first else KeyError("mine")
 
-        store.sharded._all(ranks, "both", act)
+        store.sharded._all(ranks, act)
 
     write(place / "ok", contents(model, optimizer))
     for kind, act in {"second rank's shard": lambda: bounded(1, 4000), "first rank's shard": lambda: bounded(0, 4000),
