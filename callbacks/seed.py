@@ -10,7 +10,6 @@ import torch
 
 from ..loop.callback import Callback
 from ..loop.checks import flag
-from ..loop.ranks import rank_and_world
 from ..loop.rng import derive, seed_everything
 from ..loop.state import State
 
@@ -46,12 +45,13 @@ class Seed(Callback):
             torch.backends.cudnn.benchmark = False
             warnings.warn("deterministic=True: some operations get slower, those without a deterministic form raise",
                           stacklevel=2)  # fmt: skip
-        rank = rank_and_world()[0]
-        seed_everything(derive(seed, "rank", rank) if rank else seed)
+        seed_everything(seed)  # on all ranks alike: what is built next, and sharded, is one model
 
     def on_setup(self, state: State) -> None:
-        """Give the loop its seed."""
+        """Give the loop its seed, and each rank its own noise."""
         state.seed = self.seed
+        if state.rank:
+            seed_everything(derive(self.seed, "rank", state.rank))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed as text, since it may need more than the 63 bits of a plain integer."""
