@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
+from helpers import FORMS, Patient, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same, with_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,25 +62,10 @@ def shaping() -> list[Callback]:
     ]  # fmt: skip
 
 
-class Patient:
-    """A trial of a search that is never hopeless."""
-
-    def report(self, value: float, step: int) -> None:
-        """Take it."""
-
-    def should_prune(self) -> bool:
-        return False
-
-
 def watching(folder: Path) -> list[Callback]:
     return [TensorBoard(folder, every=2, grad_norm=True), Progress(every=0.001), Checkpoint(folder, every=3, keep=None),
             Metrics({"acc": MulticlassAccuracy(3)}, training=True), NonFinite("rollback", every=4),
             Fingerprint(5), Diagnose(), HardExamples(4, every=3, folder=folder), Prune(Patient())]  # fmt: skip
-
-
-def with_losses(model: Any, batch: Any) -> Any:
-    found = loss_fn(model, batch)
-    return {**found, "losses": torch.nn.functional.cross_entropy(found["preds"].detach(), batch[1], reduction="none")}
 
 
 def run(form: Any, callbacks: list[Callback], resume: Path | None = None) -> Any:

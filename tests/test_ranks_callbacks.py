@@ -11,7 +11,7 @@ import many
 import pytest
 import torch
 from helpers import FORMS, Patient, Reported, Samples, built_in, net, with_losses
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 from hookloop.callbacks import (
@@ -45,7 +45,7 @@ from hookloop.callbacks import (
 )
 from hookloop.loop import Callback, Goal, Loop, State
 
-BATCHES, EPOCHS, EACH = 5, 4, 8  # EACH: samples of a batch on each of two ranks
+BATCHES, EPOCHS = 5, 4
 
 CALLBACKS: dict[str, Callable[[Path], Callback]] = {
     "Average": lambda folder: Average("ema", 0.8, start=4),
@@ -82,52 +82,74 @@ CALLBACKS: dict[str, Callable[[Path], Callback]] = {
 
 def loader(rank: int, world: int, first: int = 0) -> DataLoader[Any]:
     """Return a rank's share of each batch, which one process alone has whole."""
-    batches = [range(first + 16 * i + 16 * rank // world, first + 16 * i + 16 * (rank + 1) // world) for i in range(BATCHES)]
-    return DataLoader(Samples(200, torch.float64), batch_sampler=[list(batch) for batch in batches])
+    size = 16 // world
+    mine = [first + 16 * i + size * rank + j for i in range(BATCHES) for j in range(size)]
+    return DataLoader(Subset(Samples(200, torch.float64), mine), size)
 
 
 def trained(rank: int, world: int, how: str, name: str, folder: str) -> Any:
-    """Train with one callback in both forms; return weights, what was reported and the counts of each."""
-    found = []
-    for form in FORMS:
-        place = Path(folder) / form.__name__
-        place.mkdir(exist_ok=True, parents=True)
-        model: Any = net(torch.float64, noise=False)
-        if how != "plain":
-            model = many.wrap(model, how)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-        reported = Reported("val_loss")
-        loop = Loop(model, optimizer, [Seed(2), CALLBACKS[name](place), reported])
-        form(loop, with_losses, loader(rank, world), loader(rank, world, 100), epochs=EPOCHS)
-        state = loop.state
-        found.append((many.weights(model), reported.seen, (state.step, state.epoch, state.skipped, state.stop_reason)))
+    """Train with one callback; return weights, what was reported, and the counts."""
+    place = Path(folder)
+    place.mkdir(exist_ok=True, parents=True)
+    model: Any = net(torch.float64, noise=False)
+    if how != "plain":
+        model = many.wrap(model, how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    reported = Reported("val_loss")
+    loop = Loop(model, optimizer, [Seed(2), CALLBACKS[name](place), reported])
+    form = FORMS[[*CALLBACKS].index(name) % 2]
+    form(loop, with_losses, loader(rank, world), loader(rank, world, 100), epochs=EPOCHS)
+    state = loop.state
+    return many.weights(model), reported.seen, (state.step, state.epoch, state.skipped, state.stop_reason is None)
+
+
+def trained_in_turn(rank: int, world: int, how: str, names: list[str], folder: str) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = trained(rank, world, how, name, str(Path(folder) / name))
+        except Exception as error:
+            error.add_note(f"with {name}")
+            raise
     return found
 
 
-@pytest.mark.parametrize("how", many.WRAPS)
-def test_cut_with_every_callback(tmp_path: Path, how: str) -> None:
-    """Two ranks with 8 samples each and one callback are one rank with 16."""
+def check(folder: Path, how: str, names: list[str], world: int) -> None:
+    expected = many.values(trained_in_turn, 1, "plain", names, str(folder / "one"), group=False)[0]
     failed = []
-    for name in CALLBACKS:
-        expected = many.values(trained, 1, "plain", name, str(tmp_path / name / "one"), group=False)[0]
-        ended = many.run(trained, 2, how, name, str(tmp_path / name / "two"))
-        for rank, one in enumerate(ended):
-            if one.error or one.code:
-                failed.append(f"{name}, rank {rank}: {one.error or one.said or one.code}")
-                continue
-            for form, (weights, reported, counts), (others, other_reported, other_counts) in zip(
-                FORMS, one.value, expected, strict=True
-            ):
-                say = f"{name}, rank {rank}, {form.__name__}"
-                try:
-                    many.close(weights, others, where=say)
-                except AssertionError as error:
-                    failed.append(str(error).splitlines()[0])
-                if reported != pytest.approx(other_reported, rel=1e-12):
-                    failed.append(f"{say}: reported {reported}, not {other_reported}")
-                if counts[:3] != other_counts[:3] or (counts[3] is None) != (other_counts[3] is None):
-                    failed.append(f"{say}: {counts}, not {other_counts}")
+    for rank, found in enumerate(many.values(trained_in_turn, world, how, names, str(folder / "many"))):
+        for name in names:
+            (weights, reported, counts), alone = found[name], expected[name]
+            try:
+                many.close(weights, alone[0], where=f"{name}, rank {rank}:")
+            except AssertionError as error:
+                failed.append(str(error).splitlines()[0])
+            if (reported, counts) != (pytest.approx(alone[1], rel=1e-12), alone[2]):
+                failed.append(f"{name}, rank {rank}: reported {reported}, {counts}, not {alone[1]}, {alone[2]}")
     assert not failed, "\n" + "\n".join(failed)
+
+
+REFUSED = {("ddp", "Unfreeze"), ("fsdp", "Average")}  # shown below
+QUICK = ["ClipGradients", "EarlyStopping", "Initialize", "SwitchOptimizer", "WeightDecay"]
+
+
+@pytest.mark.parametrize(("how", "names", "world"), [
+    ("ddp", [*CALLBACKS], 2), ("fsdp", QUICK, 2),
+    pytest.param("fsdp", [*CALLBACKS], 2, marks=pytest.mark.slow),
+    pytest.param("ddp", [*CALLBACKS], 4, marks=pytest.mark.slow),
+], ids=["ddp", "fsdp", "fsdp, all", "ddp, 4"])  # fmt: skip
+def test_cut_with_each_callback(tmp_path: Path, how: str, names: list[str], world: int) -> None:
+    """Ranks that share each batch are one rank that has it whole: weights, reports and decisions."""
+    check(tmp_path, how, [name for name in names if (how, name) not in REFUSED], world)
+
+
+@pytest.mark.parametrize(("how", "name", "words"), [
+    ("ddp", "Unfreeze", ("Unfreeze", "DistributedDataParallel")), ("fsdp", "Average", ("Average", "fully_shard")),
+])  # fmt: skip
+def test_refused_at_the_start_by_name(tmp_path: Path, how: str, name: str, words: tuple[str, ...]) -> None:
+    for error in many.errors(trained, 2, how, name, str(tmp_path)):
+        assert error.startswith("ValueError"), error
+        assert all(word in error for word in words), error
 
 
 class Sizes(Callback):
@@ -153,7 +175,7 @@ def decides(rank: int, world: int, how: str, folder: str) -> Any:
     for name, make in DECIDING.items():
         data: Any = loader(rank, world)
         if rank:
-            data.dataset.y = data.dataset.y[torch.randperm(200)]
+            data.dataset.dataset.y = data.dataset.dataset.y[torch.randperm(200)]
         model, sizes = many.wrap(net(torch.float64, noise=False), how), Sizes()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         built_in(
@@ -163,7 +185,7 @@ def decides(rank: int, world: int, how: str, folder: str) -> Any:
     return found
 
 
-@pytest.mark.parametrize("how", many.WRAPS)
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_es5_batches_grow_alike_and_time_passes_alike(tmp_path: Path, how: str) -> None:
     """Growth by the gradients' noise and by a metric, and checkpoints by the clock."""
     first, second = many.values(decides, 2, how, str(tmp_path))
