@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,14 @@ def test_a_tiny_run_of_the_groups(bench: Any, undrawn: None, tmp_path: Path) -> 
     assert set(found["workloads"]) == {f"{model}-{form}" for model in ("gpt2", "resnet50") for form in ("fused", "foreach")}
     assert sum(map(math.prod, bench.optimizer_groups.gpt2())) == 124_439_808
     assert sum(map(math.prod, bench.optimizer_groups.resnet50())) == 25_557_032
+
+
+@pytest.mark.slow
+def test_a_tiny_run_on_ranks(tmp_path: Path) -> None:
+    command = [sys.executable, str(RESULTS.parent / "scaling.py"), "--quick", "--out", str(tmp_path / "found.json")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert out.count("| 2 | ") == out.count("| 1 | ") == 2
+    assert json.loads((tmp_path / "found.json").read_text())["results"].keys() == {"1", "2"}
 
 
 def test_a_failure_is_reported_behind_the_table(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -31,6 +31,14 @@ def start(example: str, folder: Path, *more: str, python: str = sys.executable, 
                             preexec_fn=hears)  # fmt: skip
 
 
+def torchrun(ranks: int, folder: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")  # a port that is free
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous,
+               str(ROOT / "examples" / "distributed.py"), "--folder", str(folder), *more]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def table(process: subprocess.Popen[str]) -> dict[str, str]:
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
@@ -81,6 +89,18 @@ def test_digits_stopped_with_ctrl_c_and_started_again(digits: Any, tmp_path: Pat
 def test_around_is_above_98_percent_with_the_same_tags(digits: Any, tmp_path: Path) -> None:
     assert float(table(start("around.py", tmp_path))["validation accuracy"].rstrip("%")) > 98
     assert tags(tmp_path) == tags(digits["folder"])
+
+
+@pytest.mark.parametrize("kind", [(), pytest.param(("--shard",), marks=pytest.mark.slow)])
+def test_distributed_is_the_same_script_on_one_process_and_on_two(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    """As many updates, as good; and what two ranks trained, one process reads."""
+    alone, two = start("distributed.py", tmp_path / "one"), torchrun(2, tmp_path / "two", *kind)
+    found = [table(alone), table(two)]
+    assert [one["ranks"] for one in found] == ["1", "2"]
+    assert [one["updates"] for one in found] == ["150", "150"]
+    assert min(float(one["validation accuracy"].rstrip("%")) for one in found) > 85
+    assert table(start("distributed.py", tmp_path / "two"))["fingerprint"] == found[1]["fingerprint"]
+    assert tags(tmp_path / "one") == tags(tmp_path / "two")
 
 
 def test_fine_tuning_is_better_than_from_scratch(tmp_path: Path) -> None:
