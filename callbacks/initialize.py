@@ -14,6 +14,8 @@ from ..loop import rng
 from ..loop.callback import Callback
 from ..loop.rules import Rule, matches, named, rule_list, select
 from ..loop.state import State
+from ..loop.store import is_sharded
+from ..loop.store.sharded import laid
 
 How = str | Callable[[Tensor], Any]
 
@@ -69,7 +71,7 @@ class Initialize(Callback):
             )
             try:
                 with streams, torch.no_grad():
-                    fill(p)
+                    draw(p, fill)
             except Exception as error:
                 raise ValueError(
                     f"{name} of shape {tuple(p.shape)} can't be drawn so: {error}; give its layer another"
@@ -87,6 +89,13 @@ class Initialize(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Draw no more: these weights were restored."""
         self._done = True
+
+
+def draw(p: Any, fill: Callable[[Tensor], Any]) -> None:
+    """Fill a parameter; a sharded one with its part of what the whole would be, however many ranks share it."""
+    fill(whole := p.full_tensor() if is_sharded(p) else p)
+    if whole is not p:
+        p.copy_(laid(whole, p))
 
 
 def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple[str, Tensor, Any]]:
