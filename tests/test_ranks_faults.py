@@ -782,6 +782,12 @@ def test_micro_batches_may_use_different_parameters_under_find_unused_parameters
 
 def refused(rank: int, world: int, kind: str) -> None:
     model: Any = net(noise=False)
+    if kind == "thawed behind DDP":  # which knows nothing of what was frozen when it was built, so that no rank would share it
+        model[0].weight.requires_grad_(False)
+        model = many.wrap(model, "ddp")
+        thaw = does("on_epoch_start", lambda state: model.module[0].weight.requires_grad_(), 1)
+        built_in(Loop(model, adamw(model), [Seed(0), thaw]), loss_fn, batches(rank), epochs=3)
+        return
     if kind == "FSDP1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -802,6 +808,7 @@ def refused(rank: int, world: int, kind: str) -> None:
     ("FSDP1", ("FSDP1", "fully_shard")),
     ("sharded after the optimizer", ("AdamW", "fully_shard")),
     ("sharded after the Loop", ("fully_shard",)),
+    ("thawed behind DDP", ("0.weight", "DistributedDataParallel")),
 ])  # fmt: skip
 def test_refused_by_what_would_have_to_change(kind: str, words: tuple[str, ...]) -> None:
     for error in many.errors(refused, 2, kind):

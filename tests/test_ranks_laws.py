@@ -357,7 +357,7 @@ class Trail(Callback):
 
 def life(rank: int, world: int, folder: str, how: str, form: str, end: int, kill: int | None = None) -> Any:
     """One process's part of a run up to update `end`; with `kill` this rank dies at that update's end, before its save."""
-    seed, model, data = Seed(0), many.wrap(net(), how), Samples(47)
+    seed, model, data = Seed(0), many.wrap(net(), how), Samples(24 * world - 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run = Path(folder) / "run"
     callbacks = [seed, DynamicBatchSize(5, 12, growth=2, every=Steps(4)), ClipGradients(1.0), Warmup(4), MicroBatch(4),
