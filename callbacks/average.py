@@ -63,6 +63,8 @@ class Average(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """Turn a share into updates, and go on with the average that was saved."""
+        if state.ranks.sharded:
+            raise ValueError("Average keeps a whole copy of the model, which fully_shard has no room for; leave it out there")
         if self._from is None:
             if state.total_steps is None:
                 raise ValueError(f"start={self.start} is a share of the run, whose length is not known: give steps= to fit or "

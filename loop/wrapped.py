@@ -79,6 +79,21 @@ def load_buffers(state: State, saved: dict[str, Any]) -> None:
                 b.copy_(saved[name])
 
 
+def check_shared(model: nn.Module) -> None:
+    """Raise ValueError for parameters frozen or thawed since DDP was built: it waits for those, and never shares these."""
+    for ddp in (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)):
+        shared: Any = {id(p) for p in ddp._module_parameters}
+        ignored, found = ddp.parameters_to_ignore, [*ddp.module.named_parameters()]
+        if thawed := [name for name, p in found if p.requires_grad and id(p) not in shared and name not in ignored]:
+            raise ValueError(f"{', '.join(thawed[:8])} was frozen when DistributedDataParallel was built, so that the ranks would "
+                             "not share its gradient; wrap the model before anything of it is frozen")  # fmt: skip
+        frozen = [name for name, p in found if not p.requires_grad and id(p) in shared]
+        if frozen and not ddp.find_unused_parameters:
+            raise ValueError(f"{', '.join(frozen[:8])} was frozen after DistributedDataParallel was built, which waits for its "
+                             "gradient; give DistributedDataParallel(model, find_unused_parameters=True), or, where it stays "
+                             "frozen, freeze it before")  # fmt: skip
+
+
 def check_gradients(state: State, had: set[Any]) -> None:
     """Raise RuntimeError for parameters that took no part in a step, where ranks would wait for them, or lost a gradient."""
     missing = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is None and p.requires_grad]
