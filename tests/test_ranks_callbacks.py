@@ -45,7 +45,7 @@ from hookloop.callbacks import (
 )
 from hookloop.loop import Callback, Goal, Loop, State
 
-BATCHES, EPOCHS = 5, 4
+BATCHES, EPOCHS = 5, 3
 
 CALLBACKS: dict[str, Callable[[Path], Callback]] = {
     "Average": lambda folder: Average("ema", 0.8, start=4),

@@ -357,7 +357,10 @@ class Trail(Callback):
 
 def life(rank: int, world: int, folder: str, how: str, form: str, end: int, kill: int | None = None) -> Any:
     """One process's part of a run up to update `end`; with `kill` this rank dies at that update's end, before its save."""
-    seed, model, data = Seed(0), many.wrap(net(), how), Samples(24 * world - 1)
+    # DDP puts gradients into other buckets after a process's first backward, but not where it looks for unused parameters; from
+    # three ranks on the order in which a sum is rounded follows from its place in a bucket
+    stays = {"find_unused_parameters": True} if how == "ddp" and world > 2 else {}
+    seed, model, data = Seed(0), many.wrap(net(), how, **stays), Samples(24 * world - 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     run = Path(folder) / "run"
     callbacks = [seed, DynamicBatchSize(5, 12, growth=2, every=Steps(4)), ClipGradients(1.0), Warmup(4), MicroBatch(4),
@@ -391,8 +394,8 @@ def assert_same_run(folders: tuple[Path, Path], ended: tuple[list[Any], list[Any
         assert not [name for name in a if not torch.equal(a[name], b[name])], f"rank {rank}"
 
 
-@pytest.mark.parametrize("form", [*FORMS])
-@pytest.mark.parametrize("how", many.WRAPS)
+@pytest.mark.parametrize(("how", "form"), [("ddp", "by hand"), ("ddp", "built in"), ("fsdp", "built in"),
+                                           pytest.param("fsdp", "by hand", marks=pytest.mark.slow)])  # fmt: skip
 def test_restart_after_each_update_is_bitwise(tmp_path: Path, how: str, form: str) -> None:
     """Weights, optimizer state, dropout's draws and the order of data, on each rank."""
     places = tmp_path / "whole", tmp_path / "stopped"
@@ -403,15 +406,18 @@ def test_restart_after_each_update_is_bitwise(tmp_path: Path, how: str, form: st
     assert_same_run(places, (whole, stopped))
 
 
-@pytest.mark.parametrize(("how", "world"), [("ddp", 2), pytest.param("fsdp", 2, marks=pytest.mark.slow),
-                                            pytest.param("ddp", 4, marks=pytest.mark.slow)])  # fmt: skip
-def test_dd2_restart_killed_at_each_update_is_bitwise(tmp_path: Path, how: str, world: int) -> None:
-    """One rank dies by SIGKILL at each update, another each time; the others name it, and all are started again."""
+@pytest.mark.parametrize(("how", "world", "steps"), [
+    ("ddp", 2, [2, 5, 9]), pytest.param("ddp", 2, range(2, TOTAL + 1), marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, range(2, TOTAL + 1), marks=pytest.mark.slow),
+    pytest.param("ddp", 4, range(2, TOTAL + 1), marks=pytest.mark.slow),
+], ids=["ddp-2", "ddp-2-each", "fsdp-2-each", "ddp-4-each"])  # fmt: skip
+def test_dd2_restart_killed_at_updates_is_bitwise(tmp_path: Path, how: str, world: int, steps: list[int]) -> None:
+    """One rank dies by SIGKILL, another each time; the others name it, and all are started again."""
     places = tmp_path / "whole", tmp_path / "killed"
     for place in places:
         place.mkdir()
     whole = many.values(life, world, str(places[0]), how, "built in", TOTAL)
-    for step in range(2, TOTAL + 1):
+    for step in steps:
         victim = step % world
         ended = many.run(victim_life, world, str(places[1]), how, step, victim)
         for rank, one in enumerate(ended):
