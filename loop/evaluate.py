@@ -55,13 +55,13 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
             for place, data in enumerate(_read(loader, state, may_leave)):
                 read = Chunk(data, in_sequence(loader, place) if loop.hooks["on_micro_end"] else None)
                 count = _one_batch(loop, loss_fn, model, read, count, means, prefix.rstrip("_"))
+            if not count and not (may_leave and state.leaving):
+                raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
             while state.ranks.together and any(row[0] for row in decide(state, "evaluates", False)):
                 if state.ranks.sharded and read is not None:  # others wait for this rank's part of the weights
                     loop.forward(loss_fn, model, batches.move(read.data, state.device))
             if may_leave and state.leaving:
                 return None
-            if not count:
-                raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
             found: dict[str, Any] = state.ranks.means(means)
             logged = {name: computed(name, value) if callable(value) else value for name, value in state._logged.items()}
             found |= state.ranks.averaged(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch.nn.parameter import is_lazy
 from .batch import leaves
 from .chunk import Chunk
 from .rng import generators
-from .state import State
+
+if TYPE_CHECKING:
+    from .state import State
 
 
 class Snapshot:

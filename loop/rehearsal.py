@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from .checks import say
+from .redo import Snapshot
 
 if TYPE_CHECKING:
     from .step import Step
@@ -26,6 +28,24 @@ def is_new(step: Step) -> bool:
     if hasattr(model, "reducer"):
         model.reducer._rebuild_buckets()  # else DDP's ranks would wait for one another in the next forward
     return True
+
+
+def rearranges(step: Step) -> Snapshot | None:
+    """Return the moment to go back to where DDP rearranges its buckets after this pass: then it is run again, and only that counts.
+
+    Of three ranks on, how a sum is rounded hangs on where a gradient lies in its bucket, so that a run that resumes, whose
+    buckets are as they were built, would go on to other bits.
+    """
+    loop, model = step.loop, step.loop.state.model
+    if loop.arranged or step.rehearsal:
+        return None
+    loop.arranged = True
+    ddp: Any = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    if loop.state.ranks.count < 3 or ddp is None or (ddp.find_unused_parameters and not ddp.static_graph):
+        return None
+    before = Snapshot(loop.state)
+    before.take(step.chunks)
+    return before
 
 
 def redoes(step: Step, error: Exception, size: int) -> bool:

@@ -93,6 +93,7 @@ class Session(Saves):
         self._skips = 0
         self.optimizer_steps = 0
         follow(weakref.ref(self), self.state)
+        self.arranged = False  # whether DDP's buckets are as they stay
         self.proven = 0  # the largest micro-batch that went through on all ranks
         self._was_set_up = self._entered = self._begun = self._torn = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended

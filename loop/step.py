@@ -20,6 +20,7 @@ from .share import Buffers, share
 from .wrapped import reducing
 
 if TYPE_CHECKING:
+    from .redo import Snapshot
     from .session import Session
 
 
@@ -105,7 +106,7 @@ class Micro:
             self._buffers.put_back()
         if error is None:
             if self.outputs is not None:
-                watched = bool(step.loop.hooks["on_micro_end"]) and not self.stand_in
+                watched = bool(step.loop.hooks["on_micro_end"]) and not self.stand_in and step.back_to is None
                 if watched or not self._last:  # else loop.update() looks next
                     step.check_untouched()
                     step.hold()
@@ -141,6 +142,7 @@ class Step:
         self.done: list[Micro] = []
         self._micros: list[Micro] | None = None
         self._before = 0
+        self.back_to: Snapshot | None = None  # after a pass that only arranges DDP's buckets
         self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 
     def begin(self) -> bool:
@@ -166,6 +168,7 @@ class Step:
             if micros is None:
                 micros = share(self, self._cut(), "redoes a step") or []
             self.rehearsal = rehearsal.is_new(self)
+            self.back_to = rehearsal.rearranges(self)
             for micro in micros:
                 yield micro
                 if self._redo:
@@ -177,6 +180,9 @@ class Step:
                 self.rehearsal and not self._redo and rehearsal.agreed(self)
             ):  # what was rehearsed is now run, for all to average
                 self.fail(None)
+            if self.back_to is not None and not self._redo:
+                self.back_to.put_back(None)
+                self._redo = True
             self.complete = not self._redo
 
     def _cut(self) -> list[Micro]:
