@@ -15,7 +15,7 @@ from ..loop.checks import among, whole
 from ..loop.depth import bare
 from ..loop.state import State
 from ..loop.store import Named
-from .averaged import check, first_argument, measure, take_in, to_measure
+from .averaged import check, check_whole, first_argument, measure, take_in, to_measure
 
 
 class Average(Callback):
@@ -51,6 +51,7 @@ class Average(Callback):
 
     def on_setup(self, state: State) -> None:
         """Go back with the weights, where they go back: it is not to hold any that were given up."""
+        check_whole(state.model)
 
         def put(saved: dict[str, Any]) -> None:
             self.count = saved["count"]
@@ -63,8 +64,6 @@ class Average(Callback):
 
     def on_fit_start(self, state: State) -> None:
         """Turn a share into updates, and go on with the average that was saved."""
-        if state.ranks.sharded:
-            raise ValueError("Average keeps a whole copy of the model, which fully_shard has no room for; leave it out there")
         if self._from is None:
             if state.total_steps is None:
                 raise ValueError(f"start={self.start} is a share of the run, whose length is not known: give steps= to fit or "
@@ -102,7 +101,7 @@ class Average(Callback):
             take_in(self._average, average, model, self.count, norms)
         self.count += 1
         state.log("averaged", self.count)
-        if norms:
+        if norms and (batch is not None or state.loader is None):  # a rank without data measures nothing
             if batch is None:
                 raise ValueError(
                     "Average saw no micro-batch of this update, as around your own loop: take batch_norm='average'"

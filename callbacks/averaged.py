@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..loop.checks import share
+from ..loop.wrapped import sharded
 
 Take = Callable[[list[Tensor], list[Tensor], int], Any]
 
@@ -21,6 +22,13 @@ def check(decay: float, batch_norm: str, forward: Any) -> None:
     if forward is not None and (not callable(forward) or batch_norm != "measure"):
         raise TypeError(f"forward must be a function of model and batch, beside batch_norm='measure' alone, not {forward!r} "
                         f"beside {batch_norm!r}")  # fmt: skip
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that can't be copied."""
+    if sharded(model):
+        raise ValueError("Average would copy the model, and torch copies none that fully_shard cut up: share it with "
+                         "DistributedDataParallel, or leave Average out")  # fmt: skip
 
 
 def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.host import HostCopy
 from ..loop.state import State, values_of
+from ..loop.wrapped import sharded
 from .batch_policies import Grow, Policy
 from .gradient_noise import over_ranks, two_batch_estimate, wide
 
@@ -42,6 +43,12 @@ class NoiseScale(Policy, Callback):
         self.count, self.growths, self._measured, self._decided = 0, 0, -1, -1
         self._host, self._seen = HostCopy(), dict[str, float]()
         self._small: tuple[Tensor, Any] | None = None  # squared norm, and what share of the update it is of
+
+    def on_setup(self, state: State) -> None:
+        """Refuse a model that holds no gradient of a first micro-batch."""
+        if sharded(state.model):
+            raise ValueError("NoiseScale compares gradients within an update, which fully_shard gives out at its end alone: share "
+                             "the model with DistributedDataParallel, or grow batches by another policy")  # fmt: skip
 
     def on_step_start(self, state: State) -> None:
         """Have the update that will be measured hold two micro-batches at least."""

@@ -51,6 +51,9 @@ class Unfreeze(Callback):
         if lost := [name for name, p in state.model.named_parameters() if p in self._from and p not in held]:
             raise ValueError(f"plan unfreezes {', '.join(lost[:3])}, which the optimizer does not hold; build it on all of "
                              "model.parameters()")  # fmt: skip
+        if late := [name for name, p in state.model.named_parameters() if p in self._from and p in state.ranks.frozen]:
+            raise ValueError(f"plan unfreezes {', '.join(late[:3])}, frozen before DistributedDataParallel was built, and so "
+                             "left to each rank alone: wrap the model unfrozen, Unfreeze freezes by itself")  # fmt: skip
         self._apply(state)
         if not any(p.requires_grad for p in held):
             raise ValueError(f"plan leaves nothing to train before epoch {min(self.plan)}; give epoch 0 rules of its own, such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,7 +36,7 @@ def check_alike(loop: Session) -> None:
         "what is trained": [named.clean(name) for name, p in state.model.named_parameters() if p.requires_grad],
         "the optimizer": (named.kind, named.names, named.options()),
         "callbacks": [callback.key for callback in loop.callbacks],
-        **{f"{c.key}.{name}": value for c in loop.callbacks for name, value in settings(c)},
+        **loop.given,
         "epochs= and steps=": loop._end,
         "max_skips": loop.max_skips,
         "the step": (state.step, state.epoch),
@@ -48,11 +49,11 @@ def check_alike(loop: Session) -> None:
     state.ranks.alike("begins training", found)
 
 
-def settings(callback: Callback) -> list[tuple[str, Any]]:
-    """Return what a callback of ours was given that trains differently: one of the user's may count, or look, by rank."""
-    ours = type(callback).__module__.split(".")[0] == __name__.split(".")[0]
-    held = vars(callback).items() if ours else ()
-    return [(name, value) for name, value in held if not name.startswith("_") and isinstance(value, bool | int | float)]
+def given(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """Return what callbacks of ours were given that trains differently: one of the user's may count, or look, by rank."""
+    ours = [c for c in callbacks if type(c).__module__.split(".")[0] == __name__.split(".")[0]]
+    return {f"{c.key}.{name}": value for c in ours for name, value in vars(c).items()
+            if not name.startswith("_") and isinstance(value, bool | int | float)}  # fmt: skip
 
 
 def parts(x: Any) -> list[tuple[str, Any]]:

@@ -14,7 +14,6 @@ from .batch import leaves
 from .checks import say
 from .groups import fold
 from .store import Named
-from .wrapped import check_shared
 
 if TYPE_CHECKING:
     from .dispatch import Dispatch
@@ -75,7 +74,6 @@ def warn_once(loop: Dispatch, kind: Any, text: str) -> None:
 
 def check_trained(loop: Session) -> None:
     """Refuse, at the start, an optimizer that holds only frozen parameters; warn of trainable ones that none holds, once."""
-    check_shared(loop.state.model)
     state, first = loop.state, "trained" not in loop.warned
     loop.warned.add("trained")
     kind, mine = type(state.optimizer).__name__, [p for group in state.optimizer.param_groups for p in group["params"]]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import say
-from .wrapped import fsdp1, sharded, wrapping
+from .wrapped import frozen, fsdp1, sharded, wrapping
 
 if TYPE_CHECKING:
     from .mean import Mean
@@ -79,6 +78,8 @@ class Ranks:
         self.over = False  # the ranks have lost one another
         self.leaves = False  # all leave
         self.sharded = False  # by FSDP2, whose every forward is a message
+        self.coupled = False  # every forward of training is a message, of SyncBatchNorm too
+        self.frozen = set[Any]()  # parameters that DDP does not average
         self._place = ""
 
     @classmethod
@@ -98,8 +99,14 @@ class Ranks:
             raise ValueError(f"model is not shared between the {world} ranks, so that each would train one of its own: wrap it "
                              "(torch.nn.parallel.DistributedDataParallel(model), or fully_shard(model)) and give the wrapped one "
                              "to the optimizer and to Loop; to train apart, start without init_process_group")  # fmt: skip
+        if not any(hasattr(model, name) for name in ("no_sync", "set_requires_gradient_sync")):
+            raise ValueError(f"parts of the model are shared between the {world} ranks, but not the {type(model).__name__} around "
+                             "them, whose other parameters would be trained apart: wrap the whole "
+                             "(DistributedDataParallel(model)), or call fully_shard(model) after its parts")  # fmt: skip
         found = cls(rank, world, True)
         found.sharded = sharded(model)
+        found.coupled = found.sharded or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+        found.frozen = frozen(model)
         return found
 
     def enter(self) -> None:
@@ -121,6 +128,7 @@ class Ranks:
             return [[*numbers]]
         if self.over:
             raise RankFailed("the ranks have lost one another; build process group and Loop anew, or start the program again")
+        self.host = self.host or host_group(dist.group.WORLD)  # an evaluation may come before `with loop:`
         mine = torch.zeros(WIDTH, dtype=torch.float64)
         mine[: len(numbers) + 1] = torch.tensor([PLACES.index(kind), *numbers], dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.world)]
@@ -168,7 +176,7 @@ class Ranks:
             return {name: mean.value() for name, mean in found.items()}
         every = self.exchange("ends an evaluation", {name: mean.sums() for name, mean in found.items()})
         names = dict.fromkeys(name for each in every for name in each)
-        sums = {name: [math.fsum(each[name][i] for each in every if name in each) for i in (0, 1)] for name in names}
+        sums = {name: [sum(each[name][i] for each in every if name in each) for i in (0, 1)] for name in names}
         return {name: total / weight if weight else float("nan") for name, (total, weight) in sums.items()}
 
     def averaged(self, found: dict[str, float], kind: str = "reports") -> dict[str, float]:
@@ -181,7 +189,7 @@ class Ranks:
                 self.over = True  # all see it: nobody needs to be told
                 raise ValueError(f"rank {r} does not report {odd[0]!r}, as others do; every rank must report the same metrics")
         columns = {name: [each[name] for each in every] for name in found}
-        return {name: math.fsum(values) / self.world if len({*values}) > 1 else values[0] for name, values in columns.items()}
+        return {name: sum(values) / self.world if len({*values}) > 1 else values[0] for name, values in columns.items()}
 
     def alike(self, kind: str, mine: dict[str, Any]) -> None:
         """Raise ValueError on all ranks, with both values, where two describe their run differently."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
-from .alike import as_longest, check_alike, check_apart
+from .alike import as_longest, check_alike, check_apart, given
 from .around import check_around
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
@@ -38,7 +38,7 @@ from .state import State
 from .step import Step
 from .store import Named
 from .wants import decide
-from .wrapped import wrapping
+from .wrapped import check_shared, wrapping
 
 log = logging.getLogger("hookloop")
 
@@ -82,6 +82,7 @@ class Session(Saves):
         self.feed.ranks, self.feed.rereads = self.state.ranks.count, self.state.ranks.together
         self.seed: int | None = None
         self.promised: int | None = None  # samples of an update, by the checkpoint
+        self.given = given(self.callbacks)
         self.wrapping: set[Any]  # what shares the model between ranks
         self.settings: list[dict[str, Any]]  # of the parameter groups, as the program gave them
         self.streams: rng.Streams | None = None
@@ -171,6 +172,8 @@ class Session(Saves):
         self._run("on_fit_start")
         if loader is None:  # else before each epoch
             check_trained(self)
+            if state.ranks.together:
+                check_shared(state)
 
     def _check_promised(self) -> None:
         """Refuse, once after a restore, updates of another size than the checkpoint's run would make here."""
@@ -204,6 +207,8 @@ class Session(Saves):
         self._run("on_epoch_start")
         self.modes = modes_of(state.model) or self.modes
         check_trained(self)
+        if state.ranks.together:
+            check_shared(state)
         if feed.empty:
             raise ValueError(feed.empty)
         if state.ranks.together:

@@ -24,10 +24,47 @@ def sharded(model: nn.Module) -> bool:
     return any(hasattr(type(m), "set_requires_gradient_sync") for m in model.modules())
 
 
+def part(x: Any) -> Any:
+    """Return what this rank holds of a tensor, without its graph."""
+    return x.detach().to_local() if hasattr(x, "to_local") else x.detach()
+
+
 def wrapping(model: nn.Module) -> set[Any]:
     """Return what makes a model shared between ranks: DDP modules, and parameters that are sharded."""
     found: set[Any] = {m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)}
     return found | {p for p in model.parameters() if hasattr(p, "device_mesh")}
+
+
+def frozen(model: Any) -> set[Any]:
+    """Return the parameters that were frozen when DDP was built, which it never averages."""
+    found = {p for p in model.parameters() if not p.requires_grad} if hasattr(model, "reducer") else set()
+    if found and model._get_ddp_logging_data()["num_parameter_tensors"] == len(model._module_parameters):
+        return set()  # frozen since
+    return found
+
+
+def check_shared(state: State) -> None:
+    """Raise ValueError for parameters that each rank would train apart, and for frozen ones that DDP would wait for."""
+    wrapper: Any = state.model
+    trained = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if state.ranks.sharded:
+        apart, waited = [p for p in trained if not hasattr(p, "device_mesh")], set()
+    else:
+        inside = {*wrapper._module_parameters} - state.ranks.frozen
+        apart, waited = [p for p in trained if p not in inside], {p for p in inside if not p.requires_grad}
+        if wrapper.find_unused_parameters or wrapper.static_graph:
+            waited = set()
+    names = {p: name for name, p in wrapper.named_parameters()}
+    if apart:
+        shown = ", ".join(names.get(p, "a parameter outside of the model") for p in apart[:5])
+        raise ValueError(f"{shown} would be trained by each rank apart: DistributedDataParallel averages what it held, and was not "
+                         "frozen, when it was built, fully_shard what it cut up; put all that is trained into the model, with "
+                         "requires_grad=True, before it is wrapped")  # fmt: skip
+    if waited:
+        shown = ", ".join([name for p, name in names.items() if p in waited][:5])
+        raise ValueError(f"{shown} were frozen (as Unfreeze does) after DistributedDataParallel was built, which would wait for "
+                         "their gradients: wrap with DistributedDataParallel(model, find_unused_parameters=True), or freeze them "
+                         "before")  # fmt: skip
 
 
 def reducing(model: Any, last: bool, alone: bool) -> contextlib.AbstractContextManager[Any]:
@@ -48,7 +85,7 @@ def apart(state: State) -> Iterator[None]:
     model: Any = state.model
     syncs = state.ranks.together and hasattr(model, "require_forward_param_sync")
     if syncs and model.broadcast_buffers:
-        for buffer in model.module.buffers():
+        for buffer in (*model.module.buffers(), *(() if state.eval_model is None else state.eval_model.buffers())):
             dist.broadcast(buffer, 0)
     before = getattr(model, "require_forward_param_sync", None)
     if syncs:
@@ -77,21 +114,6 @@ def load_buffers(state: State, saved: dict[str, Any]) -> None:
         for name, b in state.model.named_buffers():
             if name in saved and saved[name].shape == b.shape:
                 b.copy_(saved[name])
-
-
-def check_shared(model: nn.Module) -> None:
-    """Raise ValueError for parameters frozen or thawed since DDP was built: it waits for those, and never shares these."""
-    for ddp in (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)):
-        shared: Any = {id(p) for p in ddp._module_parameters}
-        ignored, found = ddp.parameters_to_ignore, [*ddp.module.named_parameters()]
-        if thawed := [name for name, p in found if p.requires_grad and id(p) not in shared and name not in ignored]:
-            raise ValueError(f"{', '.join(thawed[:8])} was frozen when DistributedDataParallel was built, so that the ranks would "
-                             "not share its gradient; wrap the model before anything of it is frozen")  # fmt: skip
-        frozen = [name for name, p in found if not p.requires_grad and id(p) in shared]
-        if frozen and not ddp.find_unused_parameters:
-            raise ValueError(f"{', '.join(frozen[:8])} was frozen after DistributedDataParallel was built, which waits for its "
-                             "gradient; give DistributedDataParallel(model, find_unused_parameters=True), or, where it stays "
-                             "frozen, freeze it before")  # fmt: skip
 
 
 def check_gradients(state: State, had: set[Any]) -> None:

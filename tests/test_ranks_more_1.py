@@ -1,0 +1,119 @@
+"""More of a run across ranks: what they don't share is refused, no stand-in is heard of, no evaluation is waited for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import many
+import pytest
+import torch
+from helpers import built_in, loss_fn, net
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hookloop.callbacks import (
+    Average,
+    DynamicBatchSize,
+    NoiseScale,
+    Seed,
+    Unfreeze,
+)
+from hookloop.loop import Callback, Loop
+
+
+def batches(seed: int, count: int, size: int = 8, dtype: torch.dtype = torch.float32) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed + 10)
+    make = lambda: (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(0, 3, (size,), generator=generator))
+    return [make() for _ in range(count)]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def alike(*found: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(value, other[name]) for other in found[1:] for name, value in found[0].items())
+
+
+# ------------------------------------------------------------------------------------------------------- what is not shared
+
+
+class Parts(nn.Module):
+    """A model of which the program wraps one part."""
+
+    def __init__(self, kind: str, world: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+        if kind == "ddp":
+            self.body = DistributedDataParallel(self.body)
+        else:
+            fully_shard(self.body, mesh=init_device_mesh("cpu", (world,)))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.body(x).relu())
+
+
+def unshared(rank: int, world: int, kind: str) -> None:
+    callbacks: list[Callback] = []
+    torch.manual_seed(3)
+    if kind in ("ddp in part", "fsdp in part"):
+        model: Any = Parts(kind.split()[0], world)
+        optimizer = sgd(model)
+    elif kind == "not the root's own":
+        inner = Parts("fsdp", world)
+        inner.scale = nn.Parameter(torch.ones(()))
+        mesh = init_device_mesh("cpu", (world,))
+        model = fully_shard(inner, mesh=mesh, ignored_params={inner.scale})
+        optimizer = sgd(model)
+    elif kind == "outside":
+        model = DistributedDataParallel(net())
+        optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(()))], lr=0.1)
+    else:
+        inside: Any = net(noise=False)
+        inside[0].requires_grad_(kind != "frozen before")
+        model = DistributedDataParallel(inside, find_unused_parameters=kind == "frozen before")
+        optimizer, callbacks = sgd(model), [Unfreeze({1: r"^module\.0\.|^0\."})]
+    built_in(Loop(model, optimizer, callbacks), loss_fn, batches(rank, 3), epochs=2)
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("ddp in part", ("wrap the whole",)), ("fsdp in part", ("fully_shard(model)",)),
+    ("not the root's own", ("scale", "apart")), ("outside", ("outside of the model", "apart")),
+    ("frozen before", ("Unfreeze", "0.weight")), ("frozen after", ("Unfreeze", "find_unused_parameters=True", "0.weight")),
+])  # fmt: skip
+def test_what_ranks_would_not_average_is_refused(kind: str, words: tuple[str, ...]) -> None:
+    """Else they drift apart without a word, or wait for a gradient that does not come."""
+    for error in many.errors(unshared, 2, kind):
+        assert error.startswith("ValueError"), error
+        assert all(word in error for word in words), error
+
+
+def partly_frozen(rank: int, world: int) -> Any:
+    inside: Any = net(noise=False)
+    inside[0].requires_grad_(False)
+    model = DistributedDataParallel(inside)
+    built_in(Loop(model, sgd(model)), loss_fn, batches(rank, 3), epochs=2)
+    return many.weights(model)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_was_frozen_before_ddp_and_stays_so_is_fine() -> None:
+    alike(*many.values(partly_frozen, 2))
+
+
+def copied_or_compared(rank: int, world: int, name: str) -> None:
+    model = many.wrap(net(noise=False), "fsdp")
+    callback = {"Average": Average, "NoiseScale": NoiseScale,
+                "DynamicBatchSize": lambda: DynamicBatchSize(4, 8, every=NoiseScale())}[name]()  # fmt: skip
+    built_in(Loop(model, sgd(model), [Seed(1), callback]), loss_fn, batches(rank, 3), epochs=1)
+
+
+@pytest.mark.parametrize("name", ["Average", "NoiseScale", "DynamicBatchSize"])
+def test_refused_with_fully_shard(name: str) -> None:
+    """A norm of gradients that are nowhere yet is 0: a noise scale of that is a number, and wrong."""
+    for error in many.errors(copied_or_compared, 2, name):
+        assert error.startswith("ValueError"), error
+        assert "fully_shard" in error, error
+        assert "at step 0" in error, error
