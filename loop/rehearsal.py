@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .checks import say
+from .memory import out_of_memory
 from .redo import Snapshot
 
 if TYPE_CHECKING:
@@ -19,10 +20,10 @@ FINE = 2**40  # what a rank answers that needs no redo: more than any size
 def is_new(step: Step) -> bool:
     """Tell whether this step's micro-batches are larger, on some rank, than any that went through: then it is rehearsed.
 
-    Only where a callback answers errors. FSDP2's forward, which the ranks share, can't be one.
+    Only where a callback answers errors. A forward that the ranks share, FSDP2's or SyncBatchNorm's, can't be one.
     """
     loop, ranks = step.loop, step.loop.state.ranks
-    if not ranks.together or ranks.sharded or not loop.hooks["on_exception"] or step.largest <= loop.proven:
+    if not ranks.together or ranks.coupled or not loop.hooks["on_exception"] or step.largest <= loop.proven:
         return False
     model: Any = loop.state.model
     if hasattr(model, "reducer"):
@@ -54,8 +55,9 @@ def redoes(step: Step, error: Exception, size: int) -> bool:
     if not loop.state.ranks.together:
         return loop.redoes(error, size)
     if not step.rehearsal:
-        say(error, "in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from the "
-                       "last checkpoint")  # fmt: skip
+        if out_of_memory(error):
+            say(error, "in a pass in which the ranks depend on one another: one of them alone can't redo it, go on from the "
+                           "last checkpoint")  # fmt: skip
         return False
     answer = loop.redoes(error, size)
     if answer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +47,7 @@ def share(step: Step, micros: list[Micro], kind: str) -> list[Micro] | None:
         return []
     for micro in micros:
         micro._factor = micro.weight * (ranks.world / total) if on_device else micro.weight * ranks.world / total
-    while len(micros) < (most if ranks.sharded else 1):
+    while len(micros) < (most if ranks.coupled else 1):
         micros.append(stand_in(step, len(micros)))
     for micro in micros:
         micro._last = micro is micros[-1]
@@ -63,6 +65,24 @@ def stand_in(step: Step, number: int) -> Micro:
     micro = Micro(step, number, chunk, 0.0, 0.0)
     micro.stand_in = True
     return micro
+
+
+@contextlib.contextmanager
+def silenced(loss: Tensor) -> Iterator[None]:
+    """Have a backward leave zeros in every parameter: what is not finite stays so when it is multiplied by 0."""
+    seen, ahead, hooks = set[Any](), [loss.grad_fn], list[Any]()
+    while ahead:
+        if (node := ahead.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        ahead += [other for other, _ in node.next_functions]
+        if type(node).__name__ == "AccumulateGrad":
+            hooks.append(node.variable.register_hook(torch.zeros_like))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
@@ -16,7 +17,7 @@ from .checks import say
 from .chunk import Chunk, piece
 from .guards import back_to_train, name_devices, name_sparse
 from .outputs import checked, detached, singles, weight_of, weighted
-from .share import Buffers, share
+from .share import Buffers, share, silenced
 from .wrapped import reducing
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ class Eager:
         """Run `loss(model, batch)` if it is a function, then backward with the weight `factor`; return the outputs."""
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
+        nothing = silenced(loss) if isinstance(factor, float) and not factor else contextlib.nullcontext()
         if factor is not None:
             factor = loop.constant(factor, loss)
-        (loss if scaler is None else scaler.scale(loss)).backward(factor)
+        with nothing:
+            (loss if scaler is None else scaler.scale(loss)).backward(factor)
         return outputs
 
     def update(self, loop: Session) -> None:
@@ -120,6 +123,9 @@ class Micro:
             traceback.clear_frames(trace)  # its locals hold the failed graph, and with it the memory
             self.outputs = self._batch = None
             return True
+        elif isinstance(error, RuntimeError) and "expect_autograd_hooks_" in str(error):
+            say(error, "DistributedDataParallel(static_graph=True) must average its very first backward, which several "
+                           "micro-batches, or the rehearsal of MicroBatch('auto'), leave out: take static_graph out")  # fmt: skip
         elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             say(error, f"BatchNorm met a micro-batch of {self._chunk.size} sample(s): cut at least 2, leave a short last batch "
                            "out (drop_last=True), or use GroupNorm or LayerNorm")  # fmt: skip

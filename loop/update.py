@@ -36,7 +36,8 @@ class Updates(Session):
             decide(state, "applies an update")
         if together and any_backward:
             check_gradients(state, self.had)
-        if state._skip is None:
+        alone = together and state.scaler is None and any_backward  # nobody knows yet of a skip that this rank wants
+        if state._skip is None or alone:  # and in these hooks all may have to compute together, as a sharded gradient's norm
             state._grad_norm, state._grads_open = None, True
             if self.hooks["on_before_optimizer_step"]:
                 self._run("on_before_optimizer_step")

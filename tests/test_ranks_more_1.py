@@ -15,12 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookloop.callbacks import (
     Average,
+    ClipGradients,
     DynamicBatchSize,
+    GradientAccumulation,
+    MicroBatch,
     NoiseScale,
+    NonFinite,
     Seed,
     Unfreeze,
 )
-from hookloop.loop import Callback, Loop
+from hookloop.loop import Callback, Loop, State
 
 
 def batches(seed: int, count: int, size: int = 8, dtype: torch.dtype = torch.float32) -> list[Any]:
@@ -117,3 +121,90 @@ def test_refused_with_fully_shard(name: str) -> None:
         assert error.startswith("ValueError"), error
         assert "fully_shard" in error, error
         assert "at step 0" in error, error
+
+
+# -------------------------------------------------------------------------------------------------------------- stand-ins
+
+
+def after_nan(rank: int, world: int, how: str) -> Any:
+    """Rank 1's last batch can't be used, and it has no other to stand in with."""
+    model, data = many.wrap(net(noise=False), how), batches(rank, 3 if rank else 6)
+    if rank:
+        data[-1][0][0, 0] = float("nan")
+    loop = Loop(model, sgd(model), [NonFinite("skip")])
+    state = built_in(loop, loss_fn, data, epochs=2)
+    return state.step, state.skipped, many.weights(model)
+
+
+@pytest.mark.parametrize("how", many.WRAPS)
+def test_a_stand_in_that_is_not_finite_is_not_heard_of(how: str) -> None:
+    """One bad batch costs its own update: 0 times NaN would have cost all that follow it."""
+    first, second = many.values(after_nan, 2, how)
+    assert first[:2] == second[:2] == (10, 2)
+    alike(first[2], second[2])
+
+
+class Together(nn.SyncBatchNorm):
+    """What torch's own does, on the CPU too: each forward of training waits for all ranks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            total = x.detach().mean(0)
+            torch.distributed.all_reduce(total)
+            x = x - total / torch.distributed.get_world_size()
+        return x * self.weight + self.bias
+
+
+def normed_together(rank: int, world: int, auto: bool) -> Any:
+    DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # type: ignore[method-assign]
+    torch.manual_seed(3)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(6, 12), Together(12), nn.ReLU(), nn.Linear(12, 3)))
+    callbacks = [Seed(1), MicroBatch("auto" if auto else 4), GradientAccumulation(2)]
+    state = built_in(Loop(model, sgd(model), callbacks), loss_fn, batches(rank, 5 - 2 * rank, 3 if rank else 8), epochs=2)
+    return state.step, many.weights(model)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_sync_batch_norm_has_as_many_forwards_on_each_rank(auto: bool) -> None:
+    """Whichever rank has fewer micro-batches, or no data left."""
+    first, second = many.values(normed_together, 2, auto, limit=15.0)
+    assert first[0] == second[0] == 6
+    alike(first[1], second[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------- skips
+
+
+class Skips(Callback):
+    """Wants, on rank 1 alone, that an update is left out."""
+
+    def on_micro_end(self, state: State) -> None:
+        if state.rank == 1 and state.step == 1 and not state.skipped:
+            state.skip("mine")
+
+
+def skips(rank: int, world: int, around: bool) -> Any:
+    model: Any = many.wrap(net(noise=False), "fsdp")
+    optimizer = sgd(model)
+    loop = Loop(model, optimizer, [ClipGradients(0.3)] if around else [ClipGradients(0.3), Skips()])
+    if not around:
+        state = built_in(loop, loss_fn, batches(rank, 4), epochs=1)
+        return state.step, state.skipped, many.weights(model)
+    with loop:
+        for i, batch in enumerate(batches(rank, 4)):
+            loss = loss_fn(model, batch)["loss"]
+            loss.backward()
+            if rank and i == 1:
+                loop.state.skip("mine")
+            with loop.updating(loss=loss.detach(), samples=8):
+                optimizer.step()
+            optimizer.zero_grad()
+    return loop.state.step, loop.state.skipped, many.weights(model)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_skip_that_one_rank_wants_before_the_norm_of_sharded_gradients(around: bool) -> None:
+    """The others compute the norm in their hooks, and would wait for its part."""
+    first, second = many.values(skips, 2, around, limit=15.0)
+    assert first[:2] == second[:2] == (3, 1)
+    alike(first[2], second[2])
