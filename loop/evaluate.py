@@ -12,10 +12,12 @@ from torch.utils.data import IterableDataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
+from .checks import say
 from .chunk import Chunk, piece
 from .goal import number
 from .guards import back_to_eval, modes_of, name_devices
 from .mean import Mean
+from .memory import out_of_memory
 from .order import apart
 from .outputs import checked, detached, single, weight_of
 from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
@@ -115,7 +117,10 @@ def _one_batch(loop: Session, loss_fn: Any, model: Any, read: Chunk, count: int,
             batch = batches.move(chunk.data, state.device)
             outputs = checked(loop.forward(loss_fn, model, batch), training=False)
         except Exception as error:
-            if not loop.redoes(error, b - a, training=False):
+            if state.ranks.sharded and out_of_memory(error):
+                say(error, "in an evaluation of a sharded model, in whose forward the ranks depend on one another: one of them "
+                           "alone can't redo it; give smaller batches")  # fmt: skip
+            if state.ranks.sharded or not loop.redoes(error, b - a, training=False):
                 name_devices(error, model, batch)
                 raise
             traceback.clear_frames(error.__traceback__)

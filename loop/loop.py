@@ -163,6 +163,7 @@ class Loop(Updates):
     def updating(self, loss: Tensor | float | None = None, samples: int = 0) -> Iterator[None]:
         """Run callbacks around `optimizer.step()` in a loop of your own; `loss` is what TensorBoard and others show.
 
+        Several ranks must come here equally often: one whose data end earlier is waited for, until the group's timeout.
         With `scaler=` gradients are unscaled first. A skipped update takes the gradients away (`p.grad = None`), so
         that the optimizer's step does nothing.
         """
@@ -198,6 +199,8 @@ class Loop(Updates):
         self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any, may_leave: bool = False
     ) -> dict[str, float] | None:
         found: dict[str, float] = {}
+        if isinstance(loader, Mapping):
+            self.state.ranks.alike("ends an evaluation", {"the order of the validation loaders": [*loader]})
         for name, one in loader.items() if isinstance(loader, Mapping) else (("", loader),):
             part = evaluate(self, loss_fn, one, f"val_{name}_" if name else "val_", may_leave)
             if part is None:

@@ -208,3 +208,72 @@ def test_a_skip_that_one_rank_wants_before_the_norm_of_sharded_gradients(around:
     first, second = many.values(skips, 2, around, limit=15.0)
     assert first[:2] == second[:2] == (3, 1)
     alike(first[2], second[2])
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluates(rank: int, world: int, kind: str) -> Any:
+    model: Any = many.wrap(net(noise=False), "fsdp")
+
+    def fails(module: nn.Module, args: Any) -> None:
+        if kind == "memory" and rank and not model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+
+    model[1].register_forward_pre_hook(fails)  # between two layers whose weights the ranks gather
+    loop = Loop(model, sgd(model), [MicroBatch("auto")])
+    built_in(loop, loss_fn, batches(rank, 3), [] if kind == "empty" and rank else batches(5, 3), epochs=1)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("empty", "0 batches"), ("memory", "alone can't redo it")])
+def test_an_evaluation_of_a_sharded_model_that_one_rank_can_not_run_ends_all(kind: str, words: str) -> None:
+    """At once, with why: not by the timeout of those who wait for its part of the weights."""
+    for error in many.errors(evaluates, 2, kind, within=6.0):
+        assert words in error, error
+
+
+def before_entering(rank: int, world: int) -> Any:
+    model = DistributedDataParallel(net(noise=False))
+    loop = Loop(model, sgd(model))
+    found = loop.evaluate(loss_fn, batches(rank, 2))
+    assert loop.state.ranks.host is not torch.distributed.group.WORLD
+    assert loop.state.ranks.host is not None, "what talks over the host needs a group that does: WORLD may be NCCL's"
+    return found
+
+
+def test_evaluate_alone_talks_over_the_host() -> None:
+    first, second = many.values(before_entering, 2)
+    assert first == second
+
+
+def in_another_order(rank: int, world: int) -> Any:
+    model = DistributedDataParallel(net(noise=False))
+    loaders = {"a": batches(1, 2), "b": batches(2, 2)}
+    loop = Loop(model, sgd(model))
+    return loop.evaluate(loss_fn, dict(sorted(loaders.items(), reverse=bool(rank))))
+
+
+def test_validation_loaders_in_another_order_are_refused() -> None:
+    """Their numbers would be mixed: one rank's share of the one set with another's of the other."""
+    for error in many.errors(in_another_order, 2):
+        assert "['a', 'b']" in error, error
+
+
+def reports_infinities(rank: int, world: int) -> Any:
+    model = DistributedDataParallel(net(noise=False))
+    loop = Loop(model, sgd(model))
+    with loop:
+        for _ in loop.epochs(1):
+            for step in loop.steps(batches(rank, 1)):
+                for micro in step:
+                    with micro:
+                        micro.backward(loss_fn)
+                loop.update()
+            loop.report({"both": float("inf") if rank else float("-inf"), "one": float("inf") if rank else 1.0})
+    return loop.state.metrics
+
+
+def test_what_is_reported_may_be_infinite() -> None:
+    for found in many.values(reports_infinities, 2):
+        assert found["both"] != found["both"]
+        assert found["one"] == float("inf")
