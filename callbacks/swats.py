@@ -14,16 +14,18 @@ from ..loop.exchange import held
 from ..loop.groups import Group
 from ..loop.host import HostCopy
 from ..loop.state import State
+from ..loop.wrapped import part
 
 KEPT = ("mean", "settled", "count", "beta", "ended")
 
 
-def projected_rate(steps: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return the rate of the SGD step whose projection onto the step taken is that step: p.p / -p.g over all parameters."""
+def projected_rate(steps: Sequence[Tensor], grads: Sequence[Tensor], total: Callable[..., Tensor] = Tensor.clone) -> Tensor:
+    """Return the rate of the SGD step whose projection onto the step taken is that step: p.p / -p.g, sums over all ranks."""
     first = steps[0].device
     own = [(p * p).sum(dtype=torch.float64).to(first) for p in steps]
     cross = [(p * g).sum(dtype=torch.float64).to(first) for p, g in zip(steps, grads, strict=True)]
-    return torch.stack(own).sum() / -torch.stack(cross).sum()
+    both = total(torch.stack([torch.stack(own).sum(), torch.stack(cross).sum()]))
+    return both[0] / -both[1]
 
 
 def settle(mean: Tensor, rate: Tensor, count: int, beta: float, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +71,7 @@ class ProjectedRate:
         """Copy the weights from before an update."""
         if self.ended:
             return
-        now = [p.detach() for p in held(state.optimizer)]
+        now = [part(p) for p in held(state.optimizer)]
         if [p.shape for p in now] != [p.shape for p in self._before]:
             self._before = [torch.empty_like(p) for p in now]
         torch._foreach_copy_(self._before, now)
@@ -79,8 +81,9 @@ class ProjectedRate:
         if self.ended:
             return
         pairs = [(p, old) for p, old in zip(held(state.optimizer), self._before, strict=True) if p.grad is not None]
-        steps = torch._foreach_sub([p.detach() for p, _ in pairs], [old for _, old in pairs])
-        rate = projected_rate(steps, [p.grad for p, _ in pairs if p.grad is not None])
+        steps = torch._foreach_sub([part(p) for p, _ in pairs], [old for _, old in pairs])
+        total = state.ranks.total if state.ranks.sharded else Tensor.clone
+        rate = projected_rate(steps, [part(p.grad) for p, _ in pairs if p.grad is not None], total)
         self.beta = state.optimizer.param_groups[0].get("betas", (0.0, 0.999))[1]
         self.count += 1
         self.mean, unbiased, agree = settle(self.mean.to(rate.device), rate, self.count, self.beta, self.tolerance)

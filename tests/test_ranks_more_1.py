@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import many
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookloop.callbacks import (
     Average,
+    Checkpoint,
     ClipGradients,
     DynamicBatchSize,
     GradientAccumulation,
@@ -22,6 +24,7 @@ from hookloop.callbacks import (
     NoiseScale,
     NonFinite,
     Seed,
+    SwitchOptimizer,
     Unfreeze,
 )
 from hookloop.loop import Callback, Loop, State
@@ -277,3 +280,101 @@ def test_what_is_reported_may_be_infinite() -> None:
     for found in many.values(reports_infinities, 2):
         assert found["both"] != found["both"]
         assert found["one"] == float("inf")
+
+
+# --------------------------------------------------------------------------------------------------------------- callbacks
+
+
+class Memory:
+    """A device of which each rank says something else."""
+
+    def __init__(self, capacity: int) -> None:
+        self.size, self.most = 0, capacity
+
+    def allocated(self) -> int:
+        return 0
+
+    def capacity(self) -> int:
+        return self.most
+
+    def reset(self) -> None:
+        pass
+
+    def retries(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 4 * self.size
+
+
+def of_unlike_memory(rank: int, world: int, folder: str, epochs: int) -> Any:
+    model, memory = DistributedDataParallel(net(noise=False)), Memory(100 if rank else 1000)
+    micro = MicroBatch("auto", memory=memory, multiple_of=1, target="memory")
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        memory.size = len(batch[0])
+        if not model.training and rank and memory.size > 6:
+            raise torch.OutOfMemoryError("CUDA out of memory (made up)")
+        return loss_fn(model, batch)
+
+    loop = Loop(model, sgd(model), [Seed(1), micro, Checkpoint(folder)], resume=folder)
+    state = built_in(loop, loss, batches(rank, 6, 64), batches(rank, 2), epochs=epochs)
+    return state.step, micro.train, micro.evaluation, many.weights(model)
+
+
+def test_sizes_that_differ_by_rank_are_no_difference_between_their_programs(tmp_path: Path) -> None:
+    """A run goes on from a checkpoint in which one rank validates in smaller cuts, and had found its size."""
+    many.values(of_unlike_memory, 2, str(tmp_path), 1)
+    first, second = many.values(of_unlike_memory, 2, str(tmp_path), 2)
+    assert (first[0], first[2], second[2]) == (12, None, 4)
+    alike(first[3], second[3])
+
+
+def averaged(rank: int, world: int, kind: str, folder: str, epochs: int) -> Any:
+    """Running statistics of which each rank has its own."""
+    model = DistributedDataParallel(net())
+    average = Average("ema", 0.8, start=1, batch_norm=kind)
+    loop = Loop(model, sgd(model), [Seed(1), average, Checkpoint(folder)], resume=folder)
+    state = built_in(loop, loss_fn, batches(rank, 4 - rank), batches(rank + 5, 2), epochs=epochs)
+    return state.step, state.metrics["val_loss"], many.weights(average.model)
+
+
+@pytest.mark.parametrize("kind", ["average", "measure"])
+def test_an_average_validates_with_the_first_rank_s_statistics(tmp_path: Path, kind: str) -> None:
+    """They are those that a checkpoint holds, so a run that is resumed reports the same; also where a rank's data end early."""
+    whole = many.values(averaged, 2, kind, str(tmp_path / "whole"), 3)
+    many.values(averaged, 2, kind, str(tmp_path / "cut"), 2)
+    again = many.values(averaged, 2, kind, str(tmp_path / "cut"), 3)
+    for one, other in zip(whole, again, strict=True):
+        assert one[:2] == other[:2] == (12, whole[0][1])
+        alike(one[2], other[2], whole[0][2])
+
+
+def switched(rank: int, world: int, how: str) -> Any:
+    model: Any = net(torch.float64, noise=False)
+    if how != "plain":
+        model = many.wrap(model, how)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    switch = SwitchOptimizer(lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9), at=4, rate="swats")
+    share = slice(rank * 16 // world, (rank + 1) * 16 // world)
+    data = [(x[share], y[share]) for x, y in batches(0, 8, 16, torch.float64)]
+    state: State = built_in(Loop(model, optimizer, [Seed(1), switch]), loss_fn, data, epochs=1)
+    return state.step, switch.used, many.weights(model)
+
+
+@pytest.mark.parametrize("how", many.WRAPS)
+def test_the_projected_rate_is_that_of_all_parts(how: str) -> None:
+    (alone,) = many.values(switched, 1, "plain", group=False)
+    for found in many.values(switched, 2, how):
+        assert found[1] == pytest.approx(alone[1], rel=1e-12)
+        many.close(found[2], alone[2])
+
+
+def static(rank: int, world: int) -> None:
+    model = DistributedDataParallel(net(noise=False), static_graph=True)
+    built_in(Loop(model, sgd(model), [GradientAccumulation(2)]), loss_fn, batches(rank, 4), epochs=1)
+
+
+def test_static_graph_with_micro_batches_says_what_to_change() -> None:
+    for error in many.errors(static, 2):
+        assert "take static_graph out" in error, error
