@@ -33,6 +33,6 @@ def over_ranks(state: State, norm: Tensor, found: tuple[Tensor, Any] | None) -> 
         assert found is not None
         return found[0], found[1] * state.update_size, state.update_size
     mine = [0.0, 0.0] if found is None else [found[0], 1 / found[1]]
-    row = torch.stack([torch.as_tensor(x, dtype=norm.dtype, device=norm.device) for x in (*mine, state.update_size)])
+    row = torch.stack([x.to(norm) if isinstance(x, Tensor) else norm.new_full((), x) for x in (*mine, state.update_size)])
     small, parts, many = state.ranks.total(row)
     return small / state.world, many / parts, many

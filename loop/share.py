@@ -39,7 +39,9 @@ def share(step: Step, micros: list[Micro], kind: str) -> list[Micro] | None:
         loop.feed.again = []
     total: Any = math.fsum(row[0] for row in rows)
     if on_device := any(row[1] for row in rows):
-        total = ranks.total(torch.as_tensor(weight, dtype=torch.float64, device=state.device))
+        # filled, since a copy of a number would wait for the device
+        mine: Any = weight if tensor else torch.full((), weight, dtype=torch.float64, device=state.device)
+        total = ranks.total(mine.to(state.device, torch.float64))
     step.largest = int(max(row[2] for row in rows))
     most = int(max(row[3] for row in rows))
     if not most:

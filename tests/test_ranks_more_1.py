@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import many
@@ -27,6 +28,7 @@ from hookloop.callbacks import (
     SwitchOptimizer,
     Unfreeze,
 )
+from hookloop.callbacks.gradient_noise import over_ranks
 from hookloop.loop import Callback, Loop, State
 
 
@@ -348,6 +350,19 @@ def test_an_average_validates_with_the_first_rank_s_statistics(tmp_path: Path, k
     for one, other in zip(whole, again, strict=True):
         assert one[:2] == other[:2] == (12, whole[0][1])
         alike(one[2], other[2], whole[0][2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_noise_of_all_ranks_waits_for_no_device() -> None:
+    ranks = SimpleNamespace(together=True, total=lambda x: x)
+    state: Any = SimpleNamespace(ranks=ranks, world=1, update_size=8)
+    norm = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = over_ranks(state, norm, (norm, 0.5)), over_ranks(state, norm, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [float(x) for x in found[0]] == [1.0, 4.0, 8.0]
 
 
 def switched(rank: int, world: int, how: str) -> Any:
