@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..loop.batch import move
 from ..loop.callback import Callback
@@ -96,3 +99,22 @@ class Metrics(Callback):
             for key, value in move(held, metric.device).items():
                 setattr(metric, key, value)
             metric._update_count = count  # compute warns where nothing was ever fed
+
+    def joined(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
+        """Return what training's metrics hold of all ranks, for the first; the others begin with nothing."""
+        found: dict[str, Any] = {}
+        for name, metric in self.training.items():
+            if parts := [state[name] for state in states if name in state]:
+                held = {key: together(f"{name!r}, whose {key}", [part[0][key] for part in parts], reduce)
+                        for key, reduce in metric._reductions.items()}  # fmt: skip
+                found[name] = [held if first else copy.deepcopy(metric._defaults), sum(part[1] for part in parts)]
+        return found
+
+
+def together(what: str, parts: list[Any], reduce: Any) -> Any:
+    """Return a metric's state over all ranks; raises ValueError for one that could not be told from a single rank's."""
+    if isinstance(parts[0], list):
+        return [x for part in parts for x in part]
+    if getattr(reduce, "__name__", "") not in ("dim_zero_sum", "dim_zero_max", "dim_zero_min"):
+        raise ValueError(f"another number of ranks can't take up the training metric {what} is no sum; resume with as many")
+    return reduce(torch.stack(parts))

@@ -57,6 +57,10 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
 
+    def joined(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
+        """Return what a rank, the first or another, takes of the states that another number of ranks saved (`of_rank`)."""
+        return states[0]
+
     def on_setup(self, state: State) -> None:
         """Once in a Loop's life, before anything is restored; the model and parameter groups may change."""
 

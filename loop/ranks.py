@@ -115,6 +115,8 @@ class Ranks:
             self.host, self.over, self.leaves = host_group(dist.group.WORLD), False, False
             Ranks.entries += 1
             self._place = f"hookloop/{Ranks.entries}"
+            # An agent's store outlives a restart, and so do the words of those that failed before it.
+            self._place += f"/{self.agree('enters `with loop:`', time.time())[0][0]}"
             for old in [f for f in log.filters if isinstance(f, Prefix)]:
                 log.removeFilter(old)
             log.addFilter(Prefix(self.rank))

@@ -7,6 +7,7 @@ import copy
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,13 +69,15 @@ def own(loop: Session) -> dict[str, Any]:
     }
 
 
-def own_of(saved: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+def own_of(saved: dict[str, Any], ranks: Ranks, callbacks: Iterable[Callback]) -> dict[str, Any]:
     """Return what a rank goes on from: what it had of its own, or, of another number of ranks, its share of what all had."""
-    every = saved.get("ranks") or [{**saved, "callbacks": {}}]
+    every = saved.get("ranks") or [saved]
     if len(every) == ranks.count:
         return dict(every[ranks.rank])
     losses = Mean.joined([each["train_loss"] for each in every]) if ranks.first else Mean()
-    return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(), "callbacks": {},
+    states = {c: [each["callbacks"].get(c.key) for each in every] for c in callbacks if c.of_rank}
+    return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(),
+            "callbacks": {c.key: c.joined(found, ranks.first) for c, found in states.items() if all(found)},
             "data": reshard([each["data"] for each in every], ranks.rank, ranks.count, saved["progress"]["epoch"])}  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     state, mine = loop.state, {callback.key: callback for callback in loop.callbacks}
     store.fill(found, store.Named(state.model, state.optimizer).layout())
     saved = found.state
-    alone = own_of(saved, state.ranks)
+    alone = own_of(saved, state.ranks, loop.callbacks)
     saved["callbacks"] |= alone["callbacks"]
     taken, refused = _load_callbacks(mine, saved["callbacks"])
     named = store.Named(state.model, state.optimizer)  # maybe another optimizer than before
@@ -161,7 +164,7 @@ def common(ranks: Ranks, path: str | os.PathLike[str], strict: bool) -> store.Fo
     Raises ValueError where some ranks see checkpoints and others none, RuntimeError where no two are the same.
     """
     found = store.read(path, strict)
-    names = ranks.exchange("enters `with loop:`", found and found.place.name)
+    names = ranks.exchange("enters `with loop:`", found and found.identity)
     if len({*names}) == 1:
         return found
     if None in names:
@@ -171,12 +174,15 @@ def common(ranks: Ranks, path: str | os.PathLike[str], strict: bool) -> store.Fo
     for name in [name for name in every[0][::-1] if all(name in each for each in every)]:
         with contextlib.suppress(store.Damaged, FileNotFoundError):
             found = store.read(Path(path) / name, strict)
-        if all(ranks.exchange("enters `with loop:`", found is not None and found.place.name == name)):
+        these = ranks.exchange("enters `with loop:`", found and found.identity)
+        if these[0][0] == name and len({*these}) == 1:
             step = store.step_of(Path(name))
             ranks.unread = {place.name for place in store.list_checkpoints(Path(path)) if store.step_of(place) > step}
-            log.warning("resumed from %s, the newest checkpoint that all ranks can read; rank by rank that was %s", name, names)
+            log.warning("resumed from %s, the newest checkpoint that all ranks can read; rank by rank that was %s",
+                        name, [one[0] for one in names])  # fmt: skip
             return found
-    raise RuntimeError(f"resume={str(path)!r}: no checkpoint there can be read by all ranks; the newest, rank by rank: {names}")
+    raise RuntimeError(f"resume={str(path)!r}: no checkpoint there can be read by all ranks, to the same content; give a folder "
+                       f"that all ranks see; the newest, rank by rank: {[' '.join(one) for one in names]}")  # fmt: skip
 
 
 Taken = list[tuple[Callback, dict[str, Any]]]

@@ -27,6 +27,11 @@ class Found:
     about: dict[str, Any]
     lost: list[str] = field(default_factory=list)
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Its name and its manifest's digest, the same for two readers of one checkpoint alone."""
+        return self.place.name, str(self.about["sha256"])[:16]
+
 
 def load(checkpoint: Path, strict: bool = True) -> Found:
     """Return one checkpoint; raises Damaged, which names the file, for one that is not what was written, or no plain data."""

@@ -1,0 +1,123 @@
+"""What lasts under several ranks: checkpoints that are not the same, first weights, metrics of an interrupted epoch, the store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import many
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Samples, built_in, loss_fn, net
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics.aggregation import CatMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from hookloop.callbacks import Checkpoint, Metrics, Seed
+from hookloop.loop import Callback, Loop, State
+
+GLOBAL = 12
+
+
+def run(rank: int, world: int, folder: str, end: int, metrics: Any = None, rate: float = 0.1) -> Any:
+    """A run of GLOBAL samples an update up to update `end`; what it reported at its epochs' ends, and its weights."""
+    seed, data, seen = Seed(0), Samples(53, torch.float64), list[float]()
+    model: Any = net(torch.float64, noise=False)
+    model = many.wrap(model, "ddp") if world > 1 else model
+    place = Path(folder)
+
+    class Keep(Callback):
+        def on_validation_end(self, state: State) -> None:
+            seen.append(float(state.metrics.get("train_kept", 0.0)))
+
+    more = [] if metrics is None else [Metrics({"kept": metrics}, training=True)]
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=rate), [seed, *more, Keep(), Checkpoint(place)], resume=place)
+    built_in(loop, loss_fn, DataLoader(data, GLOBAL // world, sampler=DistributedSampler(data, world, rank)), steps=end)
+    return seen, many.weights(model)
+
+
+def apart(rank: int, world: int, folder: str, end: int) -> Any:
+    return run(rank, world, f"{folder}/{rank}", end)
+
+
+def test_dd5_checkpoints_of_one_name_and_two_contents_are_not_one(tmp_path: Path) -> None:
+    """Folders of two machines, each with a step-3 of a run of its own: ranks would drift apart for good, without a word."""
+    for rank in range(2):
+        many.values(run, 2, str(tmp_path / str(rank)), 3, None, 0.1 + rank)
+    for error in many.errors(apart, 2, str(tmp_path), 6):
+        assert "step-00000003" in error
+        assert "a folder that all ranks see" in error
+
+
+def test_dd5_the_newest_that_is_one_is_taken(tmp_path: Path) -> None:
+    many.values(run, 2, str(tmp_path / "0"), 2)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    for rank in range(2):
+        many.values(run, 2, str(tmp_path / str(rank)), 3)  # alike, and written twice
+    whole = many.values(run, 2, str(tmp_path / "whole"), 5)
+    for _, weights in many.values(apart, 2, str(tmp_path), 5):
+        many.close(weights, whole[0][1])
+
+
+def drawn(rank: int, world: int, how: str) -> Any:
+    """The weights of a new model as all ranks have them, and what a rank draws once it trains."""
+    seed = Seed(3)
+    model = many.wrap(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)), how)
+    found = many.weights(model)
+    with Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [seed]):
+        return found, float(torch.rand(()))
+
+
+@pytest.mark.parametrize("how", many.WRAPS)
+def test_a_seed_gives_the_same_first_weights_on_any_number_of_ranks(how: str) -> None:
+    Seed(3)
+    alone = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)).state_dict()
+    (found, a), (_, b) = many.values(drawn, 2, how)
+    assert not [name for name in alone if not torch.equal(alone[name], found[name])]
+    assert a != b
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)], ids=lambda worlds: "-".join(map(str, worlds)))
+@pytest.mark.parametrize("metric", [MulticlassAccuracy(3, average="micro")], ids=["sum"])
+def test_rs6_training_metrics_hold_each_sample_once_whatever_the_ranks(tmp_path: Path, worlds: tuple[int, int],
+                                                                       metric: Any) -> None:  # fmt: skip
+    (expected, _), *_ = many.values(run, worlds[0], str(tmp_path / "whole"), 5, metric)
+    many.values(run, worlds[0], str(tmp_path / "changed"), 3, metric)
+    found = many.values(run, worlds[1], str(tmp_path / "changed"), 5, metric)
+    assert [each[0] for each in found] == [pytest.approx(expected, rel=1e-6)] * worlds[1]
+
+
+def test_rs6_states_of_a_metric_are_joined_or_refused() -> None:
+    mine = Metrics({"all": CatMetric()}, training=True)
+    states: list[Any] = [{"all": [{"value": [torch.tensor([float(i)])]}, 1]} for i in range(2)]
+    assert mine.joined(states, True) == {"all": [{"value": [torch.tensor([0.0]), torch.tensor([1.0])]}, 2]}
+    assert mine.joined(states, False) == {"all": [{"value": []}, 2]}
+
+
+def stale(rank: int, world: int) -> None:
+    """A second life under the store of a first, in which rank 0 failed; here rank 1 ends without a word."""
+    store = dist.distributed_c10d._get_default_store()
+    for place in ("hookloop/1", "hookloop/2"):
+        store.set(f"{place}/failed/1", "rank 0 failed: KeyError: 'long ago'")
+        store.set(f"{place}/alive/1", "")
+        store.add(f"{place}/failures", 1)
+    model = many.wrap(net(noise=False), "ddp")
+
+    class Leave(Callback):
+        def on_step_end(self, state: State) -> None:
+            if rank == 1:
+                raise ValueError("just now")
+
+    data = Samples(24)
+    Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [Leave()]).fit(
+        loss_fn, DataLoader(data, 4, sampler=DistributedSampler(data)), epochs=1
+    )
+
+
+def test_dd3_an_error_of_the_life_before_is_not_told_as_this_ones() -> None:
+    """The store of torchrun's agent stays as it is when the ranks are started again."""
+    for error in many.errors(stale, 2):
+        assert "just now" in error
+        assert "long ago" not in error
