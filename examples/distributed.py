@@ -3,7 +3,8 @@
     python examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py                      # gloo on the CPU, nccl where there are GPUs
     torchrun --nproc-per-node 2 examples/distributed.py --shard              # weights and optimizer state in shards (FSDP2)
-    torchrun --nproc-per-node 2 --max-restarts 20 examples/distributed.py    # goes on from the last checkpoint if a rank dies
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else ranks that start again look for those that died (pytorch #135712)
+    torchrun --standalone --nproc-per-node 2 --max-restarts 20 examples/distributed.py       # goes on if a rank dies
 
 Stop it whenever you like and start it again with another number of ranks: each sample of the epoch is still used once.
 """
