@@ -58,6 +58,8 @@ class Checkpoint(Callback):
             self._place.open(state.step, state.ranks.unread)
             self._writer.run(lambda: None, self._prune)  # what a kill cut off
             self._writer.settle()
+        if state.ranks.sharded:
+            store.check_shared(self.folder, state.ranks)
         self._saved_at = time.monotonic()
 
     def on_step_end(self, state: State) -> None:

@@ -121,3 +121,40 @@ def test_dd3_an_error_of_the_life_before_is_not_told_as_this_ones() -> None:
     for error in many.errors(stale, 2):
         assert "just now" in error
         assert "long ago" not in error
+
+
+def sharded_apart(rank: int, world: int, folder: str) -> None:
+    model = many.wrap(net(noise=False), "fsdp")
+    data = Samples(24)
+    steps = list[int]()
+
+    class Count(Callback):
+        def on_step_end(self, state: State) -> None:
+            steps.append(state.step)
+
+    try:
+        Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [Count(), Checkpoint(f"{folder}/{rank}")]).fit(
+            loss_fn, DataLoader(data, 4, sampler=DistributedSampler(data)), epochs=1
+        )
+    finally:
+        assert not steps
+
+
+def hide(folder: str, rank: int) -> None:
+    """Have this rank see no folder of rank 0's, as on another machine."""
+    import os
+
+    access = os.access
+    os.access = lambda path, *mode: (rank == 0 or f"{folder}/0" not in str(path)) and access(path, *mode)  # type: ignore[assignment]
+
+
+def sharded_on_two_machines(rank: int, world: int, folder: str) -> None:
+    hide(folder, rank)
+    sharded_apart(rank, world, folder)
+
+
+def test_dd4_shards_that_would_go_to_two_folders_are_refused_at_the_start(tmp_path: Path) -> None:
+    """And not at the first save, after hours of training."""
+    for error in many.errors(sharded_on_two_machines, 2, str(tmp_path)):
+        assert "another folder on rank 1" in error
+        assert "all ranks share" in error

@@ -6,6 +6,9 @@ code: torch's own index of the shards, `.metadata`, is written for other tools a
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -59,6 +62,16 @@ def write_together(folder: Path, contents: Contents, reasons: Sequence[str], kno
     finally:
         if steps is not None:
             steps.close()
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise ValueError, on all ranks, where one can't write where the first does: else the first save would tell, and late."""
+    with tempfile.TemporaryDirectory(dir=folder) if ranks.first else contextlib.nullcontext("") as probe:
+        there = ranks.exchange("begins training", probe)[0]
+        seen = ranks.exchange("begins training", os.access(there, os.W_OK))
+    if not all(seen):
+        raise ValueError(f"{folder} is another folder on rank {seen.index(False)} than on rank 0, or can't be written there: give "
+                         "Checkpoint one on a file system that all ranks share")  # fmt: skip
 
 
 def _all(ranks: Ranks, act: Callable[[], Any]) -> list[Any]:
