@@ -20,13 +20,13 @@ from ..loop.state import State
 class Checkpoint(Callback):
     """Saves everything that the run needs to continue to the same bits: `Loop(..., resume=folder)` does.
 
-    Written at each epoch's end, at the end of training, and every `every` updates or `timedelta`; whole or not at all, after
-    every callback's hook has run; of several ranks once. The newest `keep` stay (None: all), and the best of `best` (a metric
-    or `Goal` with its mode). `background`: a step waits for the copy to host memory alone, and for a save that is still being
-    written. `on_failure`: a save that fails (a full disk) leaves the older ones whole and is a warning ("warn") or ends the run
-    with its OSError ("stop"). `model.pt` is the plain state dict, which `torch.load` reads without hookloop; a sharded model's
-    tensors are in `shards/`. Raises ValueError for bad settings and for a folder that holds checkpoints of another run, OSError
-    at the start for one that can't be written, TypeError at the first save for a callback's state that is no plain data.
+    Written at each epoch's end, at the end of training, and every `every` updates or `timedelta`; once, whole or not at all,
+    after all hooks have run. The newest `keep` stay (None: all), and the best of `best` (a metric or `Goal` with its mode).
+    `background`: a step waits for the copy to host memory alone, and for a save still under way. `on_failure`: a failed save (a
+    full disk) leaves the older ones whole and is a warning ("warn") or ends the run with its OSError ("stop"). `model.pt` is
+    the plain state dict, which `torch.load` reads without hookloop; a sharded model's tensors are in `shards/`. Raises
+    ValueError for bad settings and for a folder that holds checkpoints of another run, OSError for one that can't be written,
+    TypeError at the first save for state of a callback that is no plain data.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int | timedelta | None = None, keep: int | None = 3,
@@ -41,8 +41,10 @@ class Checkpoint(Callback):
         self._place = store.Folder(Path(folder))
         self.folder, self.every, self.keep = self._place.path, every, keep
         self.tracker = None if best is None else Tracker(Goal.of(best))
-        self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
-        self.optional = () if every is None else ("on_epoch_end",)
+        self.watches, self.optional = (
+            () if best is None else (Goal.of(best).metric,),
+            () if every is None else ("on_epoch_end",),
+        )
         self._writer, self._known = store.Writer(background, on_failure), dict[tuple[str, str], Any]()
 
     def on_setup(self, state: State) -> None:
