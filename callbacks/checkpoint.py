@@ -36,15 +36,11 @@ class Checkpoint(Callback):
         if not (isinstance(every, timedelta) and every > timedelta(0)):
             whole("every (updates, or a timedelta above 0)", every, 1)
         whole("keep (checkpoints, None for all)", keep, 1)
-        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-            raise ValueError(f"folder must be the path of a folder, such as 'runs/a', not {folder!r}")
-        self._place = store.Folder(Path(folder))
+        self._place = store.Folder(folder)
         self.folder, self.every, self.keep = self._place.path, every, keep
         self.tracker = None if best is None else Tracker(Goal.of(best))
-        self.watches, self.optional = (
-            () if best is None else (Goal.of(best).metric,),
-            () if every is None else ("on_epoch_end",),
-        )
+        self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
+        self.optional = () if every is None else ("on_epoch_end",)
         self._writer, self._known = store.Writer(background, on_failure), dict[tuple[str, str], Any]()
 
     def on_setup(self, state: State) -> None:

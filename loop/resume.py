@@ -66,17 +66,19 @@ def own(loop: Session) -> dict[str, Any]:
         "train_loss": loop.train_loss.state_dict(),
         "callbacks": {c.key: state_of(c, loop.state.step) for c in loop.callbacks if c.of_rank},
         "buffers": own_buffers(loop.state),
+        "samples": loop.state.samples,
     }
 
 
 def own_of(saved: dict[str, Any], ranks: Ranks, callbacks: Iterable[Callback]) -> dict[str, Any]:
     """Return what a rank goes on from: what it had of its own, or, of another number of ranks, its share of what all had."""
-    every = saved.get("ranks") or [saved]
+    every = saved.get("ranks") or [{**saved, "samples": saved["progress"]["samples"]}]
     if len(every) == ranks.count:
         return dict(every[ranks.rank])
     losses = Mean.joined([each["train_loss"] for each in every]) if ranks.first else Mean()
     states = {c: [each["callbacks"].get(c.key) for each in every] for c in callbacks if c.of_rank}
     return {"rng": every[ranks.rank % len(every)]["rng"], "train_loss": losses.state_dict(),
+            "samples": sum(each.get("samples", 0) for each in every) // ranks.count,
             "callbacks": {c.key: c.joined(found, ranks.first) for c, found in states.items() if all(found)},
             "data": reshard([each["data"] for each in every], ranks.rank, ranks.count, saved["progress"]["epoch"])}  # fmt: skip
 
@@ -148,6 +150,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         setattr(state, name, saved["progress"][name])
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
+    state.samples = alone["samples"]
     load_buffers(state, alone.get("buffers") or {})
     loop.feed.load_state_dict(alone["data"])
     loop.train_loss.load_state_dict(alone["train_loss"], state.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Container
@@ -22,8 +23,10 @@ class Folder:
 
     used: ClassVar[WeakSet[Folder]] = WeakSet()
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()  # the run may change its directory
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+            raise ValueError(f"folder must be the path of a folder, such as 'runs/a', not {folder!r}")
+        self.path = Path(folder).absolute()  # the run may change its directory
 
     def open(self, step: int, unread: Container[str] = ()) -> None:
         """Make the folder ready for a run that stands at `step`; what can't be read beyond it, or is `unread`
