@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-LARGE = 8  # cases
+LARGE, LARGE_OF_RANKS = 6, 2  # cases; those with processes of their own cost more
 CHEAP = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit")  # each has a line of its own to show
 
 
@@ -18,5 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tables = [item.nodeid.partition("[")[0] for item in items]
     cases = Counter(tables)
     for item, table in zip(items, tables, strict=True):
-        if cases[table] > LARGE and not CHEAP.search(table.rpartition("::")[2]) and zlib.crc32(item.nodeid.encode()) % 3:
+        large = LARGE_OF_RANKS if re.search(r"test_(ranks|sharded)", table) else LARGE
+        if cases[table] > large and not CHEAP.search(table.rpartition("::")[2]) and zlib.crc32(item.nodeid.encode()) % 3:
             item.add_marker(pytest.mark.slow)

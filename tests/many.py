@@ -127,6 +127,8 @@ class Rank:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port,
                        "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": agent, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
         environment = {name: str(value) for name, value in environment.items()}
+        if (coverage := sys.modules.get("coverage")) is not None and coverage.Coverage.current() is not None:
+            environment["MANY_COVERED"] = "1"
         self.process = context.Process(
             target=child, args=(theirs, worker, args, environment, str(self.path), quiet, limit), daemon=True
         )
@@ -157,6 +159,18 @@ class Rank:
         self.pipe.close()
 
 
+def covered() -> Any:
+    """Measure what a rank runs, where its test's own process is measured; a rank that is killed tells nothing."""
+    if "MANY_COVERED" not in os.environ:
+        return None
+    import coverage
+
+    root = Path(__file__).parents[1]
+    measured = coverage.Coverage(str(root / ".coverage"), data_suffix=True, config_file=str(root / "pyproject.toml"))
+    measured.start()
+    return measured
+
+
 def child(pipe: Connection, worker: Any, args: Any, environment: dict[str, str], path: str, quiet: float | None,
           limit: float) -> None:  # fmt: skip
     """What runs in a rank's process."""
@@ -168,6 +182,7 @@ def child(pipe: Connection, worker: Any, args: Any, environment: dict[str, str],
     faulthandler.dump_traceback_later(limit - 3, file=sys.stderr)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     torch.set_num_threads(1)
+    measured = covered()
     start = time.monotonic()
     try:
         if quiet is not None:
@@ -180,6 +195,9 @@ def child(pipe: Connection, worker: Any, args: Any, environment: dict[str, str],
     ended.seconds = time.monotonic() - start
     sys.stdout.flush()
     sys.stderr.flush()
+    if measured is not None:
+        measured.stop()
+        measured.save()
     pipe.send_bytes(pickle.dumps(ended))
     pipe.close()
     os._exit(0)  # a failed collective may leave threads that a plain exit would wait for

@@ -94,12 +94,15 @@ def test_around_is_above_98_percent_with_the_same_tags(digits: Any, tmp_path: Pa
 @pytest.mark.parametrize("kind", [(), pytest.param(("--shard",), marks=pytest.mark.slow)])
 def test_distributed_is_the_same_script_on_one_process_and_on_two(tmp_path: Path, kind: tuple[str, ...]) -> None:
     """As many updates, as good; and what two ranks trained, one process reads."""
-    alone, two = start("distributed.py", tmp_path / "one"), torchrun(2, tmp_path / "two", *kind)
+    alone, two = (
+        start("distributed.py", tmp_path / "one", "--epochs", "2"),
+        torchrun(2, tmp_path / "two", "--epochs", "2", *kind),
+    )
     found = [table(alone), table(two)]
     assert [one["ranks"] for one in found] == ["1", "2"]
-    assert [one["updates"] for one in found] == ["150", "150"]
-    assert min(float(one["validation accuracy"].rstrip("%")) for one in found) > 85
-    assert table(start("distributed.py", tmp_path / "two"))["fingerprint"] == found[1]["fingerprint"]
+    assert [one["updates"] for one in found] == ["60", "60"]
+    assert min(float(one["validation accuracy"].rstrip("%")) for one in found) > 75
+    assert table(start("distributed.py", tmp_path / "two", "--epochs", "2"))["fingerprint"] == found[1]["fingerprint"]
     assert tags(tmp_path / "one") == tags(tmp_path / "two")
 
 
