@@ -25,8 +25,8 @@ def lives(folder: Path, attempt: int) -> list[int]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("how", "kills"), [("ddp", 1), pytest.param("ddp", 20, marks=pytest.mark.slow),
-                                            pytest.param("fsdp", 20, marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "kills"), [("ddp", 1), ("ddp", 20), ("fsdp", 20)])
 def test_ranks_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path, how: str, kills: int) -> None:
     """One rank is killed 0 to 1.5 s after it began: while ranks meet, read a checkpoint, train, or write one."""
     steps, limit, draw = 20 + 35 * kills, 40 + 20 * kills, random.Random(kills)

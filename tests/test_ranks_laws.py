@@ -405,7 +405,7 @@ def test_restart_after_each_update_is_bitwise(tmp_path: Path, how: str, form: st
 
 
 @pytest.mark.parametrize(("how", "world", "steps"), [
-    ("ddp", 2, [2, 5, 9]), pytest.param("ddp", 2, range(2, TOTAL + 1), marks=pytest.mark.slow),
+    ("ddp", 2, [5]), pytest.param("ddp", 2, range(2, TOTAL + 1), marks=pytest.mark.slow),
     pytest.param("fsdp", 2, range(2, TOTAL + 1), marks=pytest.mark.slow),
     pytest.param("ddp", 4, range(2, TOTAL + 1), marks=pytest.mark.slow),
 ], ids=["ddp-2", "ddp-2-each", "fsdp-2-each", "ddp-4-each"])  # fmt: skip
