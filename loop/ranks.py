@@ -7,8 +7,8 @@ there more data). What one rank wants alone is therefore done by all, at the sam
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import functools
 import logging
 import os
 import time
@@ -57,12 +57,19 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-@functools.cache
+groups: dict[str, Any] = {}  # the one that talks over the host, by the name of the process group that it goes with
+atexit.register(groups.clear)  # one that is left to the interpreter's end has threads then, which ends in an abort
+
+
 def host_group(world: Any) -> Any:
     """Return a group of all ranks that talks over the host, one for each life of the process group, with its patience."""
-    timeouts = [world._get_backend(torch.device(kind)).options._timeout for kind in ("cuda", "xpu", "cpu")
-                if kind in str(dist.get_backend_config(world))]  # fmt: skip
-    return dist.new_group(backend="gloo", timeout=timeouts[0] if timeouts else None)
+    name, alive = world.group_name, dist.distributed_c10d._world.pg_map
+    if groups.get(name) not in alive:  # names begin anew with a process group
+        timeouts = [world._get_backend(torch.device(kind)).options._timeout for kind in ("cuda", "xpu", "cpu")
+                    if kind in str(dist.get_backend_config(world))]  # fmt: skip
+        groups.clear()
+        groups[name] = dist.new_group(backend="gloo", timeout=timeouts[0] if timeouts else None)
+    return groups[name]
 
 
 class Ranks:
@@ -223,7 +230,7 @@ class Ranks:
     def _close(self) -> None:
         """Let those who wait for this rank hear that it is gone."""
         group, self.host = self.host, None
-        host_group.cache_clear()
+        groups.clear()
         if group is not None:
             dist.destroy_process_group(group)
 
