@@ -57,7 +57,7 @@ class Checkpoint(Callback):
             self._writer.run(lambda: None, self._prune)  # what a kill cut off
             self._writer.settle()
         if state.ranks.sharded:
-            store.check_shared(self.folder, state.ranks)
+            store.check_same_folder(self.folder, state.ranks)
         self._saved_at = time.monotonic()
 
     def on_step_end(self, state: State) -> None:

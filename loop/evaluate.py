@@ -24,7 +24,7 @@ from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
 from .rng import derive, isolated
 from .state import State, computed
 from .wants import decide
-from .wrapped import apart as kept_apart
+from .wrapped import each_alone
 
 if TYPE_CHECKING:
     from .session import Session
@@ -49,7 +49,7 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
                          "of its own over the same data")  # fmt: skip
     outer, state._logged, state._evaluating = state._logged, {}, True
     key = None if loop.seed is None else derive(loop.seed, "validation", state.step, state.rank)
-    with isolated(state.device, seed), apart(loader, key), torch.no_grad(), kept_apart(state):
+    with isolated(state.device, seed), apart(loader, key), torch.no_grad(), each_alone(state):
         try:
             model.eval()
             count = 0

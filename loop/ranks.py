@@ -1,4 +1,4 @@
-"""Which process this is among several, what all of them agree on, how their gradients become one; the only file that asks.
+"""Which process this is among several, and what all agree on (how gradients become one: wrapped.py, share.py).
 
 Ranks are kept in step by messages on the host of 64 bytes each, two an update: before a step's first forward (is there data,
 of what weight; does anyone want to stop, leave or save) and before the optimizer's update (does anyone want to skip it; is

@@ -45,7 +45,7 @@ def capture(loop: Session) -> store.Contents:
         "optimizer": named.optimizer_state(),
         "settings": loop.settings,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
-        **(mine := own(loop)),
+        **(mine := own(loop, callbacks)),
         "ranks": state.ranks.exchange("saves", mine) if state.ranks.together else None,
         "callbacks": callbacks,
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
@@ -58,13 +58,13 @@ def capture(loop: Session) -> store.Contents:
     }, beside, {"device": state.device.type, "seconds": state.seconds})  # fmt: skip
 
 
-def own(loop: Session) -> dict[str, Any]:
+def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
     """Return what each rank has of its own."""
     return {
         "rng": rng.snapshot(loop.state.device),
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
-        "callbacks": {c.key: state_of(c, loop.state.step) for c in loop.callbacks if c.of_rank},
+        "callbacks": {c.key: callbacks[c.key] for c in loop.callbacks if c.of_rank and c.key in callbacks},
         "buffers": own_buffers(loop.state),
         "samples": loop.state.samples,
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .step import Micro, Step
 
 
-def share(step: Step, micros: list[Micro], kind: str) -> list[Micro] | None:
+def among_ranks(step: Step, micros: list[Micro], kind: str) -> list[Micro] | None:
     """Weigh a step's micro-batches so that the ranks' average is the mean over all their samples.
 
     A rank whose data have ended, or weigh nothing, takes part with a stand-in. None where the run is to end before this step.

@@ -17,7 +17,7 @@ from .checks import say
 from .chunk import Chunk, piece
 from .guards import back_to_train, name_devices, name_sparse
 from .outputs import checked, detached, singles, weight_of, weighted
-from .share import Buffers, share, silenced
+from .share import Buffers, among_ranks, silenced
 from .wrapped import reducing
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Step:
         """Agree with the other ranks on this step, let callbacks look; return False where the run is to end instead."""
         state = self.loop.state
         if state.ranks.together:
-            self._micros = share(self, self._cut(), "begins a step")
+            self._micros = among_ranks(self, self._cut(), "begins a step")
             if self._micros is None:
                 return False
         for act in state.before:
@@ -172,7 +172,7 @@ class Step:
                 self.taken = True
             micros, self._micros = self._micros, None
             if micros is None:
-                micros = share(self, self._cut(), "redoes a step") or []
+                micros = among_ranks(self, self._cut(), "redoes a step") or []
             self.rehearsal = rehearsal.is_new(self)
             self.back_to = rehearsal.rearranges(self)
             for micro in micros:
@@ -182,10 +182,8 @@ class Step:
                 if micro.outputs is None:
                     raise RuntimeError("a micro-batch went by without micro.backward(loss_fn)")
                 self.done.append(micro)
-            if (
-                self.rehearsal and not self._redo and rehearsal.agreed(self)
-            ):  # what was rehearsed is now run, for all to average
-                self.fail(None)
+            if self.rehearsal and not self._redo and rehearsal.agreed(self):
+                self.fail(None)  # what was rehearsed is now run, for all to average
             if self.back_to is not None and not self._redo:
                 self.back_to.put_back(None)
                 self._redo = True

@@ -80,7 +80,7 @@ def reducing(model: Any, last: bool, alone: bool) -> contextlib.AbstractContextM
 
 
 @contextlib.contextmanager
-def apart(state: State) -> Iterator[None]:
+def each_alone(state: State) -> Iterator[None]:
     """Keep DDP from sending buffers in an evaluation, where ranks run as many forwards as each has; rank 0's are sent once."""
     model: Any = state.model
     syncs = state.ranks.together and hasattr(model, "require_forward_param_sync")
@@ -120,10 +120,9 @@ def check_gradients(state: State, had: set[Any]) -> None:
     """Raise RuntimeError for parameters that took no part in a step, where ranks would wait for them, or lost a gradient."""
     missing = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is None and p.requires_grad]
     wrapper: Any = state.model
-    may_lack = (
-        state.ranks.sharded or getattr(wrapper, "find_unused_parameters", True) or getattr(wrapper, "static_graph", False)
-    )
-    lost = missing if not may_lack else [p for p in missing if state.ranks.sharded and p in had]
+    sharded = state.ranks.sharded
+    may_lack = sharded or getattr(wrapper, "find_unused_parameters", True) or getattr(wrapper, "static_graph", False)
+    lost = missing if not may_lack else [p for p in missing if sharded and p in had]
     if lost:
         named = {p: name for name, p in state.model.named_parameters()}
         names = ", ".join([str(named.get(p)) for p in lost][:8])
@@ -133,5 +132,5 @@ def check_gradients(state: State, had: set[Any]) -> None:
                                "out on purpose add 0 * p.sum() to the loss)")  # fmt: skip
         raise RuntimeError(f"{names} took no part in the loss, and the ranks would wait for their gradients: freeze them, or "
                            "wrap with DistributedDataParallel(model, find_unused_parameters=True)")  # fmt: skip
-    if state.ranks.sharded and len(missing) < len(state.places):
+    if sharded and len(missing) < len(state.places):
         had.update(p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None)

@@ -7,7 +7,7 @@ from .manifest import Damaged
 from .named import Named
 from .plain import is_sharded, plain, reduced
 from .read import Found, read, readable
-from .sharded import check_shared, fill, write_together
+from .sharded import check_same_folder, fill, write_together
 from .writer import Writer
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "Found",
     "Named",
     "Writer",
-    "check_shared",
+    "check_same_folder",
     "fill",
     "is_sharded",
     "list_checkpoints",

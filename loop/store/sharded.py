@@ -64,7 +64,7 @@ def write_together(folder: Path, contents: Contents, reasons: Sequence[str], kno
             steps.close()
 
 
-def check_shared(folder: Path, ranks: Ranks) -> None:
+def check_same_folder(folder: Path, ranks: Ranks) -> None:
     """Raise ValueError, on all ranks, where one can't write where the first does: else the first save would tell, and late."""
     with tempfile.TemporaryDirectory(dir=folder) if ranks.first else contextlib.nullcontext("") as probe:
         there = ranks.exchange("begins training", probe)[0]
