@@ -1,8 +1,8 @@
 """Which process this is among several, and what all agree on (how gradients become one: wrapped.py, share.py).
 
-Ranks are kept in step by messages on the host of 64 bytes each, two an update: before a step's first forward (is there data,
-of what weight; does anyone want to stop, leave or save) and before the optimizer's update (does anyone want to skip it; is
-there more data). What one rank wants alone is therefore done by all, at the same point, and one that fails ends all.
+Ranks are kept in step by two exchanges on the host an update, of 64 bytes a rank: before a step's first forward (is there
+data, of what weight; does anyone want to stop, leave or save) and before the optimizer's update (does anyone want to skip it;
+is there more data). What one rank wants alone is therefore done by all, at the same point, and one that fails ends all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,8 +58,18 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-groups: dict[str, Any] = {}  # the one that talks over the host, by the name of the process group that it goes with
-atexit.register(groups.clear)  # one that is left to the interpreter's end has threads then, which ends in an abort
+groups: dict[
+    str, Any
+] = {}  # the one that talks over the host, by the name of the process group that it goes with; held here alone
+
+
+@atexit.register
+def close() -> None:
+    """End the host's group: its threads, alive at the interpreter's end, would end that in an abort."""
+    for name in [*groups]:
+        group = groups.pop(name)
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)
 
 
 def host_group(world: Any) -> Any:
@@ -67,7 +78,7 @@ def host_group(world: Any) -> Any:
     if groups.get(name) not in alive:  # names begin anew with a process group
         timeouts = [world._get_backend(torch.device(kind)).options._timeout for kind in ("cuda", "xpu", "cpu")
                     if kind in str(dist.get_backend_config(world))]  # fmt: skip
-        groups.clear()
+        close()
         groups[name] = dist.new_group(backend="gloo", timeout=timeouts[0] if timeouts else None)
     return groups[name]
 
@@ -80,7 +91,6 @@ class Ranks:
     def __init__(self, rank: int = 0, world: int = 1, together: bool = False) -> None:
         self.rank, self.world, self.together, self.first = rank, world, together, rank == 0 or not together
         self.count = world if together else 1  # of those that share the model
-        self.host: Any = None
         self.unread = set[str]()  # checkpoints that not all ranks can read
         self.over = False  # the ranks have lost one another
         self.leaves = False  # all leave
@@ -116,10 +126,15 @@ class Ranks:
         found.frozen = frozen(model)
         return found
 
+    @property
+    def host(self) -> Any:
+        """What the ranks talk over; None for one process alone."""
+        return host_group(dist.group.WORLD) if self.together else None
+
     def enter(self) -> None:
         """Begin to talk."""
         if self.together:
-            self.host, self.over, self.leaves = host_group(dist.group.WORLD), False, False
+            self.over = self.leaves = False
             Ranks.entries += 1
             self._place = f"hookloop/{Ranks.entries}"
             # An agent's store outlives a restart, and so do the words of those that failed before it.
@@ -137,20 +152,32 @@ class Ranks:
             return [[*numbers]]
         if self.over:
             raise RankFailed("the ranks have lost one another; build process group and Loop anew, or start the program again")
-        self.host = self.host or host_group(dist.group.WORLD)  # an evaluation may come before `with loop:`
-        mine = torch.zeros(WIDTH, dtype=torch.float64)
-        mine[: len(numbers) + 1] = torch.tensor([PLACES.index(kind), *numbers], dtype=torch.float64)
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        try:
-            dist.all_gather(found, mine, group=self.host)
-        except RuntimeError as error:
-            raise RankFailed(self._lost()) from error
-        rows = [row.tolist() for row in found]
+        with self._or_lost():
+            rows = self._gathered([PLACES.index(kind), *numbers])
         if len({row[0] for row in rows}) > 1:
             self.over = True
             said = ", ".join(f"rank {r} {PLACES[int(row[0])]}" for r, row in enumerate(rows))
             raise RuntimeError(f"the ranks are at different points: {said}; each must run the same verbs equally often")
         return [row[1:] for row in rows]
+
+    def _gathered(self, numbers: list[float]) -> list[list[float]]:
+        """Return the rows of all ranks.
+
+        By dissemination, as gloo's own all_gather passes them from each rank to the next: in a round each hands on all that it
+        has heard, so that log2(world) rounds do (Bruck et al. 1997, https://doi.org/10.1109/71.642949).
+        """
+        table, have = torch.zeros(self.world, WIDTH, dtype=torch.float64), 1
+        table[0, : len(numbers)] = torch.tensor(numbers, dtype=torch.float64)
+        group = self.host
+        while have < self.world:
+            more = min(have, self.world - have)
+            ahead, behind = (self.rank + have) % self.world, (self.rank - have) % self.world
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, table[:more], behind, group),
+                                                dist.P2POp(dist.irecv, table[have : have + more], ahead, group)]):  # fmt: skip
+                work.wait()
+            have += more
+        rows: list[list[float]] = table.roll(self.rank, 0).tolist()
+        return rows
 
     def exchange(self, kind: str, thing: Any) -> list[Any]:
         """Return a plain object of every rank, in rank order."""
@@ -158,10 +185,8 @@ class Ranks:
         found = [thing]
         if self.together:
             found = [None] * self.world
-            try:
+            with self._or_lost():
                 dist.all_gather_object(found, thing, group=self.host)
-            except RuntimeError as error:
-                raise RankFailed(self._lost()) from error
         return found
 
     def smallest(self, value: int, kind: str = "chooses a size") -> int:
@@ -221,37 +246,53 @@ class Ranks:
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
             store.set(f"{self._place}/failed/{store.add(f'{self._place}/failures', 1)}", text)
-            self._close()
-            end, heard = time.monotonic() + PATIENCE, store.add(f"{self._place}/heard", 1)
-            while self.first and heard < self.world and time.monotonic() < end:  # the store may end with the process of rank 0
-                time.sleep(0.02)
-                heard = store.add(f"{self._place}/heard", 0)
+            self._leave(store)
 
-    def _close(self) -> None:
-        """Let those who wait for this rank hear that it is gone."""
-        group, self.host = self.host, None
-        groups.clear()
-        if group is not None:
-            dist.destroy_process_group(group)
+    @contextlib.contextmanager
+    def _or_lost(self) -> Iterator[None]:
+        """Raise RankFailed for a connection that ends."""
+        try:
+            yield
+        except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # a group's connections are closed when nothing holds it any more
+            raise RankFailed(self._lost()) from error
+
+    def _leave(self, store: Any, gone: Collection[int] = ()) -> None:
+        """Let those who wait for this rank hear that it is out, after its mark that it is no dead one."""
+        store.set(f"{self._place}/out/{self.rank}", "")
+        close()
+        end = time.monotonic() + PATIENCE
+        while self.first and self._inside(store) - {*gone} and time.monotonic() < end:
+            time.sleep(0.02)  # the store may end with the process of rank 0, and the others have yet to read it
+
+    def _inside(self, store: Any) -> set[int]:
+        """Return the other ranks that have not left."""
+        return {r for r in range(self.world) if r != self.rank and not store.check([f"{self._place}/out/{r}"])}
+
+    def _ended(self, rank: int) -> bool:
+        """Return whether the connection to a rank is closed; what is sent to one that is there takes no waiting."""
+        try:
+            dist.isend(torch.zeros(1), rank, next(iter(groups.values())), tag=1)
+        except RuntimeError:
+            return True
+        return False
 
     def _lost(self) -> str:
         """Return why the ranks have lost one another: the first error of any, or who is gone without a word."""
         self.over = True
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
-            first, end = f"{self._place}/failed/1", time.monotonic() + PATIENCE
-            store.set(f"{self._place}/alive/{self.rank}", "")
-            missing = set(range(self.world)) - {self.rank}
-            while not (told := store.check([first])) and missing and time.monotonic() < end:
-                missing = {r for r in missing if not store.check([f"{self._place}/alive/{r}"])}
+            first, end, gone, inside = f"{self._place}/failed/1", time.monotonic() + PATIENCE, set[int](), {self.rank}
+            while inside and not gone and time.monotonic() < end:
+                closed = {r for r in self._inside(store) if self._ended(r)}
+                gone = closed & (inside := self._inside(store))  # who leaves says so, and what ails it, before it closes
+                if store.check([first]):
+                    text = str(store.get(first).decode())
+                    self._leave(store, gone)
+                    return text
                 time.sleep(0.05)
-            if told or store.check([first]):
-                text = str(store.get(first).decode())
-                store.add(f"{self._place}/heard", 1)
-                self._close()
-                return text
-            self._close()
-            if missing:
-                return f"{', '.join(f'rank {r}' for r in sorted(missing))} ended, or was killed, without a word"
+            self._leave(store, gone)
+            if gone:
+                return f"{', '.join(f'rank {r}' for r in sorted(gone))} ended, or was killed, without a word"
             return "the connection between the ranks broke, or one took longer than the timeout given to init_process_group"
         return "rank 0 ended, or was killed, without a word, and with it the store that all ranks share"
