@@ -115,7 +115,7 @@ def note(row: dict[str, Any], watch: Watch, load: Workload, device: torch.device
     row["us"].append(watch.seconds / micros * 1e6)
     row["samples_per_s"] = [*(row["samples_per_s"] or []), micros * load.batch / watch.seconds]
     if device.type == "cuda":
-        row["memory_mib"] = [*(row["memory_mib"] or []), torch.cuda.max_memory_reserved() / 2**20]
+        row["memory_mib"] = [*(row["memory_mib"] or []), watch.reserved / 2**20]
 
 
 def measure(load: Workload, found: list[Variant], skipped: dict[str, str], repetitions: int, timed: int) -> dict[str, Any]:

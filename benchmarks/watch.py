@@ -27,7 +27,7 @@ class Watch:
 
     def __init__(self, device: torch.device, warm: int, timed: int, profiled: bool = False) -> None:
         self.device, self.warm, self.total, self.done = device, warm, warm + timed, 0
-        self.timed, self.seconds = timed, 0.0
+        self.timed, self.seconds, self.reserved = timed, 0.0, 0  # the most bytes of a GPU that were kept
         self.profile = both() if profiled else None
 
     @property
@@ -37,6 +37,8 @@ class Watch:
     def tick(self) -> None:
         """Take note of an update."""
         self.done += 1
+        if self.device.type == "cuda" and (self.done <= self.warm or self.ended):  # callbacks may begin a new peak
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
         if self.done == self.warm:
             wait(self.device)
             if self.profile is not None:

@@ -43,6 +43,9 @@ class CUDAGraph(Callback):
                              "(autocast=torch.bfloat16, no scaler=), or leave CUDAGraph out")  # fmt: skip
         if state.world > 1 or isinstance(state.model, DistributedDataParallel):
             raise ValueError("CUDAGraph can't record training on several ranks yet; leave it out there")
+        if state.device.type == "cuda" and state.device.index != (here := torch.cuda.current_device()):
+            raise ValueError(f"the model is on {state.device}, but CUDAGraph records on the current device, cuda:{here}: call "
+                             f"torch.cuda.set_device({state.device.index}) first")  # fmt: skip
         check_optimizer(state.optimizer)
         state.accepts.append(check_optimizer)
         state.runner = Graphs(state, self.warmup, self.graphs)

@@ -17,6 +17,7 @@ KINDS = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "SGD", "RMSprop", "Adagrad
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): getattr(torch.optim, name) for name in KINDS if hasattr(torch.optim, name)
 } | {"nesterov": torch.optim.SGD}
+FUSED = ("AdamW", "Adam", "SGD")  # on a GPU, in every torch from 2.10 on
 
 
 def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None, weight_decay: float | None = None,
@@ -66,7 +67,7 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
         options["lr"] = lr
     # torch's fused momentum fails where a parameter has its first gradient after others, as a layer unfrozen later
     chosen = options.get("momentum") or not options.keys().isdisjoint(("fused", "foreach", "differentiable"))
-    if "fused" in known and not chosen and all(p.is_cuda and p.is_floating_point() for p in parameters):
+    if kind.__name__ in FUSED and not chosen and all(p.is_cuda and p.is_floating_point() for p in parameters):
         options["fused"] = True
     options["weight_decay"] = decay
     return kind(groups, **options)

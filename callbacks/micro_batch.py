@@ -76,14 +76,15 @@ class MicroBatch(Callback):
             log.info("step %d: micro-batches of %d samples, after %s", state.step, self.train, now)
             self.on_fit_start(state)
         memory.reset()
-        self._open = memory.retries(), self.sizes.throughput and memory.mark()
+        self._open = memory.retries(), self.sizes.throughput and memory.mark(), state.runner.written
 
     def _learn(self, state: State) -> None:
         memory, opened, self._open = self.memory, self._open, None
         if opened is not None:
             if memory.retries() > opened[0]:  # it fitted in pieces only
                 self.sizes.fail(state.micro_size, memory.capacity() - self._base)
-            self.sizes.measured(state.micro_size, memory.peak() - self._base, self._base)
+            if state.runner.written > opened[2]:  # a replay takes no memory anew
+                self.sizes.measured(state.micro_size, memory.peak() - self._base, self._base)
             if self.sizes.throughput:
                 self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
 

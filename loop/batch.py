@@ -64,7 +64,7 @@ def leaves(x: Any) -> list[tuple[str, Any]]:
 def move(x: Any, device: torch.device) -> Any:
     """Return the batch with every tensor on the device; anything else passes through."""
     if isinstance(x, Tensor):
-        return x if x.device == device else x.to(device, non_blocking=True)
+        return x if x.device == device else x.to(device, non_blocking=device.type != "cpu")  # what the host reads must be there
     if type(x) in (tuple, list):
         return type(x)([move(v, device) for v in x])
     if isinstance(x, PackedSequence):

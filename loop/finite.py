@@ -55,9 +55,10 @@ def statistics(state: State) -> set[str]:
 
 
 def finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Return, for each of `numbers_of`, whether all of it is finite, as one vector on the first one's device."""
+    """Return, for each of `numbers_of`, whether all of it is finite, as one vector, on an accelerator where one holds any."""
     if not (dense := list(tensors)):
         return torch.ones(0, dtype=torch.bool)
+    where = next((t.device for t in dense if t.device.type != "cpu"), dense[0].device)  # to the host a copy would wait
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(dense):
         kinds.setdefault((t.device, t.dtype), []).append(i)
@@ -67,7 +68,7 @@ def finite(tensors: Iterable[Tensor]) -> Tensor:
         flags = torch.stack(torch._foreach_norm([dense[i] for i in places], float("inf"))).isfinite()
         if len(kinds) == 1:
             return flags
-        found.update(zip(places, flags.to(dense[0].device, non_blocking=True), strict=True))
+        found.update(zip(places, flags.to(where, non_blocking=True), strict=True))
     return torch.stack([found[i] for i in range(len(dense))])
 
 

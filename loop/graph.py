@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -28,6 +30,8 @@ class Recording:
 
     def __init__(self, run: Callable[[], Any], pool: Any) -> None:
         self.graph, stream, failed = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None
+        collects = gc.isenabled()
+        gc.disable()  # another graph that is freed while this one is recorded would end the recording
         try:
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):  # a loader's thread may pin memory
                 try:
@@ -35,12 +39,23 @@ class Recording:
                 except BaseException as error:
                     failed = error
                     raise
-        except BaseException:
+        except BaseException as error:
             torch.cuda.set_stream(stream)  # where the capture can't be ended either, torch leaves its own
-            if failed is not None:
-                raise failed from None
-            raise
+            end_capture(pool)
+            raise (failed or error) from None
+        finally:
+            failed = None  # it holds this frame
+            if collects:
+                gc.enable()
         self.replay = self.graph.replay
+
+
+def end_capture(pool: Any) -> None:
+    """Undo what a capture that failed leaves behind up to torch 2.11: memory that is never given back, generators that wait."""
+    with contextlib.suppress(Exception):  # where torch has ended it
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device="cuda")
 
 
 class Static:

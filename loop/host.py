@@ -35,7 +35,8 @@ class HostCopy:
         while self.pending and (all or not [event for event in self.pending[0][2] if not event.query()]):
             about, found, events = self.pending.popleft()
             for event in events:
-                event.synchronize()
+                if not event.query():
+                    event.synchronize()
             plain = {k: v.tolist() if hasattr(v, "tolist") and v.ndim < 3 else v for k, v in found.items()}
             done.append((about, {k: v if isinstance(v, list | torch.Tensor) else float(v) for k, v in plain.items()}))
         return done

@@ -163,8 +163,8 @@ class Ranks:
     def _gathered(self, numbers: list[float]) -> list[list[float]]:
         """Return the rows of all ranks.
 
-        By dissemination, as gloo's own all_gather passes them from each rank to the next: in a round each hands on all that it
-        has heard, so that log2(world) rounds do (Bruck et al. 1997, https://doi.org/10.1109/71.642949).
+        By dissemination: in a round each hands on all that it has heard, so that log2(world) rounds do, where gloo's own
+        all_gather takes world - 1 (Bruck et al. 1997, https://doi.org/10.1109/71.642949).
         """
         table, have = torch.zeros(self.world, WIDTH, dtype=torch.float64), 1
         table[0, : len(numbers)] = torch.tensor(numbers, dtype=torch.float64)

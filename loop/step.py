@@ -31,12 +31,15 @@ ZERO_GRAD = Optimizer.zero_grad
 class Eager:
     """Runs micro-batches and updates as written, one operation after another (`state.runner`)."""
 
+    written = 0  # micro-batches so far
+
     def begin(self, loop: Session) -> None:
         """Clear the gradients."""
         clear_gradients(loop.state.optimizer)
 
     def backward(self, loop: Session, loss: Any, batch: Any, factor: Any) -> dict[str, Any]:
         """Run `loss(model, batch)` if it is a function, then backward with the weight `factor`; return the outputs."""
+        self.written += 1
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
         nothing = silenced(loss) if isinstance(factor, float) and not factor else contextlib.nullcontext()

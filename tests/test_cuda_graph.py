@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import FORMS, KillAt, Killed, assert_same_bits, bits, built_in, loader, loss_fn, net
 from recorder import SETS, AsWritten, Recording, aligned
+from test_sizes import Fake
 from torch import nn
 
 from hookloop.callbacks import (
@@ -400,6 +401,19 @@ def test_out_of_memory_while_recording_is_redone_smaller() -> None:
 
     found = run(built_in, CUDAGraph(3), MicroBatch("auto"), data=loader(64, 8, shuffle=False), loss=loss, epochs=3)
     assert found.state.step == 24
+
+
+def test_a_replay_takes_no_memory_anew_so_it_is_not_measured() -> None:
+    memory = Fake(lambda batch: 40 + 3 * len(batch), 400)
+    own = MicroBatch("auto", memory=memory, target="memory", multiple_of=1)
+
+    def loss(model: Any, batch: Any) -> Any:
+        memory.run(batch[0])
+        return aligned(model, batch)
+
+    found = run(built_in, CUDAGraph(2), own, data=loader(64, 8, shuffle=False), loss=loss, epochs=12)
+    assert found.state.runner.replayed > 64
+    assert {n: set(took) for n, took in own.sizes.took.items()} == {n: {40 + 3 * n} for n in own.sizes.took}
 
 
 @pytest.mark.parametrize("bad", [{"warmup": 0}, {"warmup": 1.5}, {"graphs": 0}, {"graphs": None}, {"warmup": True}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,13 @@ from hookloop.callbacks import (
     WeightDecay,
 )
 from hookloop.loop import Loop, store
+from hookloop.loop.graph import Recording
 from hookloop.loop.study import find_rate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
 
-def make(folder: Path | None = None, **kwargs: Any) -> Loop:
+def make(folder: Path | None = None, *more: Any, **kwargs: Any) -> Loop:
     seed, model = Seed(5), net(seed=5).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     shaping = [
@@ -54,7 +54,7 @@ def make(folder: Path | None = None, **kwargs: Any) -> Loop:
         WeightDecay(),
     ]
     watching = [] if folder is None else [TensorBoard(folder, every=3, grad_norm=True), Checkpoint(folder, every=4)]
-    return Loop(model, optimizer, [seed, *shaping, *watching], **kwargs)
+    return Loop(model, optimizer, [seed, *shaping, *watching, *more], **kwargs)
 
 
 def test_by_hand_is_built_in_and_watching_is_free(tmp_path: Path) -> None:
@@ -95,10 +95,12 @@ def test_a_step_waits_for_nothing(autocast: Any) -> None:
     train_watched(make(autocast=autocast))
 
 
-def test_oo13_a_real_lack_of_memory_is_redone_in_smaller_cuts() -> None:
+def test_oo13_a_real_lack_of_memory_is_redone_in_smaller_cuts(caplog: pytest.LogCaptureFixture) -> None:
     """The device's own allocator refuses the whole batch; the step is done all the same, and memory comes back."""
     model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1)).cuda()
-    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [MicroBatch("auto")])
+    auto = MicroBatch("auto")
+    auto.train = 2**17  # where it would begin with 2
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [auto])
     data = [torch.randn(2**17, 1024) for _ in range(3)]  # half a GiB each, and as much again for each activation
     torch.cuda.empty_cache()
     free = torch.cuda.memory_allocated() + 1.2 * 2**30
@@ -108,6 +110,7 @@ def test_oo13_a_real_lack_of_memory_is_redone_in_smaller_cuts() -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert state.step == 3
+    assert [record for record in caplog.records if "ran out of memory" in record.message]
     assert state.micro_batch_size is not None
     assert state.micro_batch_size < 2**17
 
@@ -117,7 +120,7 @@ def test_the_size_that_fits_is_found_with_no_lack_of_memory(target: str, caplog:
     """Under a cap of 2 GiB: each sample takes some MiB, a batch far more than there is."""
     model = nn.Sequential(*[layer for _ in range(16) for layer in (nn.Linear(1024, 1024), nn.GELU())]).cuda()
     loop = Loop(model, torch.optim.AdamW(model.parameters(), fused=True), [MicroBatch("auto", target=target)])
-    data = [torch.randn(2048, 16, 1024).pin_memory()] * 24
+    data = [torch.randn(2048, 16, 1024).pin_memory()] * 48
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(2 * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     sizes: list[int] = []
@@ -134,10 +137,11 @@ def test_the_size_that_fits_is_found_with_no_lack_of_memory(target: str, caplog:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert not [record for record in caplog.records if "ran out of memory" in record.message]
-    assert len(set(sizes[10:])) == 1, sizes
+    assert len(set(sizes[-8:])) == 1, sizes
     assert 16 <= sizes[-1] < 2048
     if target == "memory":
-        assert 0.75 * 2 * 2**30 < peak <= 0.95 * 2 * 2**30, (peak, sizes)
+        assert peak > 0.6 * 2 * 2**30, (peak, sizes)  # equal cuts may leave a third unused
+        assert peak <= 0.95 * 2 * 2**30, (peak, sizes)
 
 
 def test_a_save_in_the_background_waits_for_no_step_and_is_of_one_moment(tmp_path: Path) -> None:
@@ -146,8 +150,8 @@ def test_a_save_in_the_background_waits_for_no_step_and_is_of_one_moment(tmp_pat
     state["view"] = state["halves"][2:4]
     copies = store.Copies()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(50):
             state["x"] += 1
         found = copies.of(state)
@@ -167,9 +171,7 @@ def test_a_run_on_a_gpu_resumes_to_the_same_bits(background: bool, tmp_path: Pat
     whole = make()
     built_in(whole, loss_fn, loader(50, 8), loader(20), epochs=3)
     for steps in (5, 11, None):
-        loop = make(None, resume=tmp_path)
-        loop = Loop(loop.state.model, loop.state.optimizer, [*map(copy.copy, loop.callbacks), Checkpoint(tmp_path, every=2,
-                    background=background)], resume=tmp_path)  # fmt: skip
+        loop = make(None, Checkpoint(tmp_path, every=2, background=background), resume=tmp_path)
         built_in(loop, loss_fn, loader(50, 8), loader(20), **({"epochs": 3} if steps is None else {"steps": steps}))
     assert_same_bits(bits(whole), bits(loop))
 
@@ -283,11 +285,18 @@ def test_a_loss_that_waits_is_named_while_recording() -> None:
     assert f"{__file__} line " in note
     assert "# this line: nothing in it may wait for the device" in note
     assert float(torch.ones(3, device="cuda").sum()) == 3  # the device goes on
+    assert torch.rand(3, device="cuda").lt(1).all()
+    held = torch.cuda.memory_reserved()
+    torch.empty(1 << 28, device="cuda", dtype=torch.uint8)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held  # and so does its memory
 
 
 def test_memory_that_recording_takes() -> None:
     """At most a tenth of the eager peak for one shape."""
-    peaks = []
+    peaks, x = [], torch.ones(64, 64, device="cuda", requires_grad=True)
+    for _ in range(2):  # a recording's stream has a workspace of its own, which stays
+        Recording(lambda: (x @ x).sum().backward(), None)
     for graphs in (None, CUDAGraph()):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

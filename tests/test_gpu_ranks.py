@@ -33,7 +33,7 @@ def trained(rank: int, world: int) -> Any:
 
 
 def test_two_ranks_are_one() -> None:
-    expected = many.values(trained, 1, group=False)[0]
-    for weights, reported in many.values(trained, 2, limit=120):
+    expected = many.values(trained, 1, group=False, limit=120)[0]
+    for weights, reported in many.values(trained, 2, limit=180, quiet=60):
         many.close(weights, expected[0])
         assert reported == pytest.approx(expected[1], rel=1e-12)

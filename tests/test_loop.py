@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hookloop.callbacks import ClipGradients, GradientAccumulation, Seed, Warmup
+from hookloop.callbacks import ClipGradients, GradientAccumulation, MicroBatch, Seed, Warmup
 from hookloop.loop import Callback, Goal, Loop, State
 
 HOOKS = ["on_setup", "on_fit_start", "on_epoch_start", "on_step_start", "on_exception", "on_micro_end",
@@ -1310,6 +1311,13 @@ def test_cb4_the_same_instance_twice() -> None:
         make(warmup, Record(), warmup)
     with pytest.raises(ValueError, match="the same Warmup stands in callbacks twice"):
         make(warmup, warmup.named("second"))
+
+
+def test_a_shallow_copy_whose_hooks_run_the_original_is_refused() -> None:
+    auto = MicroBatch("auto")
+    with pytest.raises(TypeError, match=r"MicroBatch\.on_\w+ runs another MicroBatch, as in a copy by copy\.copy: take"):
+        make(copy.copy(auto))
+    make(copy.deepcopy(auto))
 
 
 def test_cb4_two_of_one_class_need_names() -> None:

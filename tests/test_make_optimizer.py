@@ -106,12 +106,13 @@ def test_on_the_cpu_it_is_not_fused_unless_asked() -> None:
     assert make_optimizer(net(), "adamw", fused=True).param_groups[0]["fused"] is True
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_a_gpu_it_is_fused_where_it_can_be(name: str) -> None:
     model = net(noise=False).cuda()
     optimizer = make_optimizer(model, name, lr=0.01)
-    can = "fused" in inspect.signature(OPTIMIZERS[name]).parameters and name != "nesterov"
+    can = name in ("adamw", "adam", "sgd")
     assert bool(optimizer.param_groups[0].get("fused")) == can
     assert not make_optimizer(model, name, foreach=True).param_groups[0].get("fused")
     model(torch.randn(4, 6, device="cuda")).sum().backward()
@@ -125,7 +126,8 @@ def test_on_a_gpu_momentum_is_not_fused_which_fails_for_a_layer_that_joins_later
         model = nn.ParameterList([nn.Parameter(torch.empty(2, 2, device="cuda"))])
         made = [make_optimizer(model, "adamw"), make_optimizer(model, "sgd"), make_optimizer(model, "sgd", momentum=0.9)]
         made += [make_optimizer(model, "nesterov"), make_optimizer(model, "nesterov", fused=True)]
-    assert [bool(o.param_groups[0]["fused"]) for o in made] == [True, True, False, False, True]
+        made.append(make_optimizer(model, "adagrad"))  # up to torch 2.11 its fused form is the CPU's alone
+    assert [bool(o.param_groups[0]["fused"]) for o in made] == [True, True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

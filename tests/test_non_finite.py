@@ -14,11 +14,13 @@ import torch
 from helpers import FORMS, KillAt, Killed, assert_same_bits, bits, built_in
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookloop.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MicroBatch, NonFinite, Schedule, Warmup
 from hookloop.callbacks import non_finite as module
 from hookloop.loop import Callback, Loop, State
+from hookloop.loop.batch import move
 from hookloop.loop.finite import finite as finite_numbers
 from hookloop.loop.finite import numbers_of
 from hookloop.loop.host import HostCopy
@@ -1173,3 +1175,11 @@ def test_bad_arguments(args: Any, about: str) -> None:
 
 def test_the_default_is_stop() -> None:
     assert (NonFinite().action, NonFinite().patience) == ("stop", 10)
+
+
+def test_the_verdict_is_the_devices_where_only_the_loss_lies_on_the_host() -> None:
+    """A copy to the host that nobody waits for is not there yet when it is read."""
+    with FakeTensorMode():
+        held = [torch.ones(()), torch.ones(3, device="cuda"), torch.ones(3, device="cuda", dtype=torch.float16)]
+        assert finite_numbers(held).device.type == "cuda"
+        assert move([held[1]], torch.device("cpu"))[0].device.type == "cpu"

@@ -352,13 +352,14 @@ def test_an_average_validates_with_the_first_rank_s_statistics(tmp_path: Path, k
         alike(one[2], other[2], whole[0][2])
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_noise_of_all_ranks_waits_for_no_device() -> None:
     ranks = SimpleNamespace(together=True, total=lambda x: x)
     state: Any = SimpleNamespace(ranks=ranks, world=1, update_size=8)
     norm = torch.ones((), device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         found = over_ranks(state, norm, (norm, 0.5)), over_ranks(state, norm, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
