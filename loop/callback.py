@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ class Callback:
     def __getstate__(self) -> Any:
         state = object.__getstate__(self)  # a copy belongs to no Loop
         return {k: v for k, v in state.items() if k not in ("_loop", "_used")} if isinstance(state, dict) else state
+
+    def __setstate__(self, state: Any) -> None:
+        for held in state if isinstance(state, tuple) else (state,):
+            for k, v in (held or {}).items():  # a hook that was set on the instance runs the copy, not what was copied
+                own = isinstance(v, MethodType) and type(v.__self__) is type(self)
+                setattr(self, k, MethodType(v.__func__, self) if own else v)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data: numbers, strings, tensors, and dicts and lists of them."""

@@ -58,11 +58,6 @@ def check(callbacks: Iterable[Callback]) -> None:
         if isinstance(callback.owns, str) or any(o.isidentifier() and o not in OWNED for o in callback.owns):
             raise ValueError(f"{name}.owns must be a tuple of names among {', '.join(OWNED)}, not {callback.owns!r}")
         for hook in overridden(callback):
-            bound = getattr(getattr(callback, hook), "__self__", callback)
-            if bound is not callback and type(bound) is type(callback):
-                raise TypeError(
-                    f"{name}.{hook} runs another {name}, as in a copy by copy.copy: take copy.deepcopy, or a new one"
-                )
             if inspect.iscoroutinefunction(getattr(callback, hook)) or inspect.isgeneratorfunction(getattr(callback, hook)):
                 raise TypeError(f"{name}.{hook} is async or a generator, so calling it would run nothing; write a plain def")
             try:

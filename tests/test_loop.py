@@ -1313,11 +1313,16 @@ def test_cb4_the_same_instance_twice() -> None:
         make(warmup, warmup.named("second"))
 
 
-def test_a_shallow_copy_whose_hooks_run_the_original_is_refused() -> None:
-    auto = MicroBatch("auto")
-    with pytest.raises(TypeError, match=r"MicroBatch\.on_\w+ runs another MicroBatch, as in a copy by copy\.copy: take"):
-        make(copy.copy(auto))
-    make(copy.deepcopy(auto))
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_hooks_set_on_the_instance_run_the_copy(copied: Any) -> None:
+    class Slotted(MicroBatch):
+        __slots__ = ("seen",)
+
+    auto = Slotted("auto")
+    auto.seen = 3
+    other = copied(auto)
+    assert other.on_step_start.__self__ is other.on_exception.__self__ is other
+    assert (other.seen, other.auto, auto.on_step_start.__self__) == (3, True, auto)
 
 
 def test_cb4_two_of_one_class_need_names() -> None:
