@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 
-LARGE, LARGE_OF_RANKS = 5, 2  # cases; those with processes of their own cost more
-CHEAP = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit")  # each has a line of its own to show
+LARGE, LARGE_OF_RANKS = 4, 2  # cases; those with processes of their own cost more
+CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
+# Lines that others run too, again and again: to trace every instruction of them would double their time.
+UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|search|compare|look_ahead|laws_slow|checkpoint)\.py")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a large table run a quarter by default, chosen by name, so that a run stays short: the rest is marked slow."""
-    tables = [item.nodeid.partition("[")[0] for item in items]
-    cases = Counter(tables)
-    for item, table in zip(items, tables, strict=True):
-        large = LARGE_OF_RANKS if re.search(r"test_(ranks|sharded)", table) else LARGE
-        if cases[table] > large and not CHEAP.search(table.rpartition("::")[2]) and zlib.crc32(item.nodeid.encode()) % 4:
-            item.add_marker(pytest.mark.slow)
+    tables = defaultdict[str, list[pytest.Item]](list)
+    for item in items:
+        tables[item.nodeid.partition("[")[0]].append(item)
+        if UNCOUNTED.search(item.nodeid):
+            item.add_marker(pytest.mark.no_cover)
+    for table, cases in tables.items():
+        large, share = LARGE_OF_RANKS if re.search(r"test_(ranks|sharded)", table) else LARGE, 4
+        if CHEAP.search(table.rpartition("::")[2]):
+            large, share = MANY, 2
+        if len(cases) > large:
+            cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+            for item in cases[-(-len(cases) // share) :]:
+                item.add_marker(pytest.mark.slow)

@@ -51,6 +51,7 @@ def test_dd5_checkpoints_of_one_name_and_two_contents_are_not_one(tmp_path: Path
         assert "a folder that all ranks see" in error
 
 
+@pytest.mark.slow
 def test_dd5_the_newest_that_is_one_is_taken(tmp_path: Path) -> None:
     many.values(run, 2, str(tmp_path / "0"), 2)
     shutil.copytree(tmp_path / "0", tmp_path / "1")
@@ -79,7 +80,9 @@ def test_a_seed_gives_the_same_first_weights_on_any_number_of_ranks(how: str) ->
     assert a != b
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)], ids=lambda worlds: "-".join(map(str, worlds)))
+@pytest.mark.parametrize(
+    "worlds", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)], ids=lambda worlds: "-".join(map(str, worlds))
+)
 @pytest.mark.parametrize("metric", [MulticlassAccuracy(3, average="micro")], ids=["sum"])
 def test_rs6_training_metrics_hold_each_sample_once_whatever_the_ranks(tmp_path: Path, worlds: tuple[int, int],
                                                                        metric: Any) -> None:  # fmt: skip
