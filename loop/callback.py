@@ -52,10 +52,13 @@ class Callback:
         return {k: v for k, v in state.items() if k not in ("_loop", "_used")} if isinstance(state, dict) else state
 
     def __setstate__(self, state: Any) -> None:
-        for held in state if isinstance(state, tuple) else (state,):
-            for k, v in (held or {}).items():  # a hook that was set on the instance runs the copy, not what was copied
-                own = isinstance(v, MethodType) and type(v.__self__) is type(self)
-                setattr(self, k, MethodType(v.__func__, self) if own else v)
+        held, slots = state if isinstance(state, tuple) else (state, {})
+        for name, value in slots.items():
+            setattr(self, name, value)
+        vars(self).update(held or {})
+        for name in vars(self).keys() & {*HOOKS}:  # one that was set on the instance runs the copy, not what was copied
+            if isinstance(hook := vars(self)[name], MethodType) and type(hook.__self__) is type(self):
+                vars(self)[name] = MethodType(hook.__func__, self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain data: numbers, strings, tensors, and dicts and lists of them."""

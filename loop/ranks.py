@@ -58,9 +58,8 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-groups: dict[
-    str, Any
-] = {}  # the one that talks over the host, by the name of the process group that it goes with; held here alone
+# The one that talks over the host, by the name of the process group that it goes with; held here alone.
+groups: dict[str, Any] = {}
 
 
 @atexit.register
