@@ -10,8 +10,9 @@ import pytest
 
 LARGE, LARGE_OF_RANKS = 4, 2  # cases; those with processes of their own cost more
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
+MOST = 16  # cases of one table
 # Lines that others run too, again and again: to trace every instruction of them would double their time.
-UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|search|compare|look_ahead|laws_slow|checkpoint)\.py")
+UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws_slow|checkpoint)\.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -19,7 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a large table run a quarter by default, chosen by name, so that a run stays short: the rest is marked slow."""
     tables = defaultdict[str, list[pytest.Item]](list)
     for item in items:
-        tables[item.nodeid.partition("[")[0]].append(item)
+        if item.get_closest_marker("slow") is None:
+            tables[item.nodeid.partition("[")[0]].append(item)
         if UNCOUNTED.search(item.nodeid):
             item.add_marker(pytest.mark.no_cover)
     for table, cases in tables.items():
@@ -28,5 +30,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             large, share = MANY, 2
         if len(cases) > large:
             cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-            for item in cases[-(-len(cases) // share) :]:
+            for item in cases[min(-(-len(cases) // share), MOST) :]:
                 item.add_marker(pytest.mark.slow)

@@ -86,7 +86,7 @@ def final(form: Any, folder: Path | None, kills: Any, hook: str = "on_step_end",
     raise AssertionError
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])])
 def test_rs1_every_step_is_a_resume_point(form: Any, tmp_path: Path) -> None:
     """Killed after any step, before any save of the next: weights, optimizer, counts and metrics are the same bits."""
     expected = final(form, None, [])

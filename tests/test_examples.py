@@ -65,6 +65,7 @@ def test_digits_is_above_98_percent(digits: Any) -> None:
     assert digits["table"]["look at it with"] == f"tensorboard --logdir {digits['folder']}"
 
 
+@pytest.mark.slow
 def test_digits_again_in_an_empty_folder_and_with_another_seed(digits: Any, tmp_path: Path) -> None:
     same, other = start("digits.py", tmp_path / "a"), start("digits.py", tmp_path / "b", "--seed", "1")
     assert table(same)["fingerprint"] == digits["table"]["fingerprint"]
@@ -106,6 +107,7 @@ def test_distributed_is_the_same_script_on_one_process_and_on_two(tmp_path: Path
     assert tags(tmp_path / "one") == tags(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_better_than_from_scratch(tmp_path: Path) -> None:
     """By how much is for Welch's test to say: the gain, its interval, and a run a seed to look at."""
     found = table(start("fine_tune.py", tmp_path, "--seeds", "3"))

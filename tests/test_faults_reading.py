@@ -326,7 +326,7 @@ def test_a_validation_sampler_that_lies_is_a_warning() -> None:
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("forkserver", "spawn"))])
 def test_dl15_workers_begin_while_other_threads_are_at_work(start: str, tmp_path: Path) -> None:
     """Every epoch starts workers while a checkpoint is written behind and torch's own threads have run: no deadlock, same bits."""
     torch.set_num_threads(2)

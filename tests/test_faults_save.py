@@ -539,7 +539,9 @@ def test_ck21_killed_between_the_last_write_and_deletion(server: Server, tmp_pat
 # -------------------------------------------------------------------------------- CK21: what stands at every instant
 
 
-@pytest.mark.parametrize(("keep", "best"), [(1, None), (1, "min"), (3, "max")])
+@pytest.mark.parametrize(("keep", "best"), [
+    (1, "min"), *(pytest.param(*other, marks=pytest.mark.slow) for other in ((1, None), (3, "max"))),
+])  # fmt: skip
 def test_ck21_at_every_instant(keep: int, best: str | None, tmp_path: Path) -> None:
     """In front of each call that changes the folder: one whole checkpoint at least, none broken, the best among them."""
     folder, most, bests, losses = tmp_path / "run", 0, list[str](), list[float]()
@@ -711,7 +713,8 @@ def test_ck4_disk_full_at_every_call_of_a_save(code: int, tmp_path: Path) -> Non
     assert count > 100
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, *(
+    pytest.param(code, marks=pytest.mark.slow) for code in (errno.EACCES, errno.EDQUOT))])  # fmt: skip
 def test_ck5_errors_in_a_save_are_told_and_training_goes_on(code: int, tmp_path: Path) -> None:
     assert failing_runs(tmp_path, 10**9, code) > 8  # all calls but writes
 

@@ -157,7 +157,7 @@ def told_to_end(rank: int, world: int, folder: str, who: int, resume: bool) -> A
     return loop.state.step, many.everything(model, loop.state.optimizer)
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_sg5_sigterm_to_one_rank_saves_at_the_same_step_and_goes_on_to_the_same_bits(tmp_path: Path, who: int) -> None:
     whole = many.values(told_to_end, 2, str(tmp_path / "whole"), None, True)
     ended = many.run(told_to_end, 2, str(tmp_path / "run"), who, False)

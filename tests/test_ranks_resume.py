@@ -42,6 +42,7 @@ def apart(rank: int, world: int, folder: str, end: int) -> Any:
     return run(rank, world, f"{folder}/{rank}", end)
 
 
+@pytest.mark.slow
 def test_dd5_checkpoints_of_one_name_and_two_contents_are_not_one(tmp_path: Path) -> None:
     """Folders of two machines, each with a step-3 of a run of its own: ranks would drift apart for good, without a word."""
     for rank in range(2):

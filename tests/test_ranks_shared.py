@@ -341,7 +341,7 @@ def averaged(rank: int, world: int, kind: str, folder: str, epochs: int) -> Any:
     return state.step, state.metrics["val_loss"], many.weights(average.model)
 
 
-@pytest.mark.parametrize("kind", ["average", "measure"])
+@pytest.mark.parametrize("kind", ["average", pytest.param("measure", marks=pytest.mark.slow)])
 def test_an_average_validates_with_the_first_rank_s_statistics(tmp_path: Path, kind: str) -> None:
     """They are those that a checkpoint holds, so a run that is resumed reports the same; also where a rank's data end early."""
     whole = many.values(averaged, 2, kind, str(tmp_path / "whole"), 3)

@@ -99,7 +99,7 @@ def test_four_processes_one_killed_in_the_midst_of_a_trial(method: str, undistur
     assert victim.communicate()[0] == ""
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_hp2_killed_again_and_again_it_ends_the_same(kills: int, undisturbed: Any, tmp_path: Path) -> None:
     """At random instants from the beginning of the first trial of each start: in trials, and between them."""
     clock, notes = random.Random(0), tmp_path / "notes"
@@ -336,6 +336,7 @@ def test_train_may_change_the_working_directory(storage: str, tmp_path: Path, mo
         grid_search(number, {"x": [1]}, storage="file")
 
 
+@pytest.mark.slow
 def test_memory_comes_back_after_each_of_fifty_trials() -> None:
     """To a MiB, where a model is four, in failing trials too; large blocks each from the system, so that what is freed shows."""
     process = start("memory", "", "", 50, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
