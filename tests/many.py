@@ -127,7 +127,8 @@ class Rank:
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port,
                        "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": agent, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
         environment = {name: str(value) for name, value in environment.items()}
-        if (coverage := sys.modules.get("coverage")) is not None and coverage.Coverage.current() is not None:
+        coverage = sys.modules.get("coverage")
+        if coverage and getattr(coverage.Coverage.current(), "_started", False):  # a test may not be counted
             environment["MANY_COVERED"] = "1"
         self.process = context.Process(
             target=child, args=(theirs, worker, args, environment, str(self.path), quiet, limit), daemon=True
