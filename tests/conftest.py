@@ -8,9 +8,8 @@ from collections import defaultdict
 
 import pytest
 
-LARGE, LARGE_OF_RANKS = 4, 2  # cases; those with processes of their own cost more
+LARGE, LARGE_OF_RANKS, MOST = 3, 2, 8  # cases; those with processes of their own cost more
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
-MOST = 16  # cases of one table
 # Lines that others run too, again and again, as a table's later cases do: on Python 3.11 to trace them doubles their time.
 UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws_slow|checkpoint)\.py")
 
@@ -23,13 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow") is None:
             tables[item.nodeid.partition("[")[0]].append(item)
     for table, cases in tables.items():
-        large, share = LARGE_OF_RANKS if re.search(r"test_(ranks|sharded)", table) else LARGE, 4
+        large, share, most = LARGE_OF_RANKS if re.search(r"test_(ranks|sharded)", table) else LARGE, 4, MOST
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
         if CHEAP.search(table.rpartition("::")[2]):
-            large, share = MANY, 2
+            large, share, most = MANY, 2, MANY
         else:
             for item in cases[0 if UNCOUNTED.search(table) else 1 :]:
                 item.add_marker(pytest.mark.no_cover)
         if len(cases) > large:
-            for item in cases[min(-(-len(cases) // share), MOST) :]:
+            for item in cases[min(-(-len(cases) // share), most) :]:
                 item.add_marker(pytest.mark.slow)
