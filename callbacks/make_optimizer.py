@@ -27,10 +27,10 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
     `name`: "adamw", "adam", "nadam", "radam", "adamax", "sgd", "nesterov" (SGD with it, momentum 0.9 unless given),
     "rmsprop", "adagrad", "adadelta". `lr`, `weight_decay`: None is torch's own default of that optimizer. Biases, norms of
     every kind and parameters with ndim <= 1 do not decay (`WeightDecay`'s rule), so there are at most two groups. `options`
-    go to the optimizer; it is fused where all parameters lie on a GPU and it can be, unless they say `fused` or `foreach`
-    (not on the CPU, where the fused form rounds otherwise, nor SGD with momentum, which then takes no layer that is unfrozen
-    later). Frozen parameters are left out. Raises TypeError or ValueError,
-    with the names there are, for another name or option, and for a model with nothing to train.
+    go to the optimizer; Adam, AdamW and SGD are fused where all parameters lie on a GPU, unless they say `fused` or
+    `foreach` (not on the CPU, where the fused form rounds otherwise, nor SGD with momentum, which then takes no layer that is
+    unfrozen later). Frozen parameters are left out. Raises TypeError or ValueError, with the names there are, for another name
+    or option, and for a model with nothing to train.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, whose modules say what decays, not {type(model).__name__}")

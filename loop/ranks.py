@@ -63,7 +63,7 @@ groups: dict[str, Any] = {}
 
 
 @atexit.register
-def close() -> None:
+def close_group() -> None:
     """End the host's group: its threads, alive at the interpreter's end, would end that in an abort."""
     for name in [*groups]:
         group = groups.pop(name)
@@ -77,7 +77,7 @@ def host_group(world: Any) -> Any:
     if groups.get(name) not in alive:  # names begin anew with a process group
         timeouts = [world._get_backend(torch.device(kind)).options._timeout for kind in ("cuda", "xpu", "cpu")
                     if kind in str(dist.get_backend_config(world))]  # fmt: skip
-        close()
+        close_group()
         groups[name] = dist.new_group(backend="gloo", timeout=timeouts[0] if timeouts else None)
     return groups[name]
 
@@ -245,7 +245,7 @@ class Ranks:
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
             store.set(f"{self._place}/failed/{store.add(f'{self._place}/failures', 1)}", text)
-            self._leave(store)
+            self._withdraw(store)
 
     @contextlib.contextmanager
     def _or_lost(self) -> Iterator[None]:
@@ -256,16 +256,16 @@ class Ranks:
             traceback.clear_frames(error.__traceback__)  # a group's connections are closed when nothing holds it any more
             raise RankFailed(self._lost()) from error
 
-    def _leave(self, store: Any, gone: Collection[int] = ()) -> None:
+    def _withdraw(self, store: Any, gone: Collection[int] = ()) -> None:
         """Let those who wait for this rank hear that it is out, after its mark that it is no dead one."""
         store.set(f"{self._place}/out/{self.rank}", "")
-        close()
+        close_group()
         end = time.monotonic() + PATIENCE
-        while self.first and self._inside(store) - {*gone} and time.monotonic() < end:
+        while self.first and self._present(store) - {*gone} and time.monotonic() < end:
             time.sleep(0.02)  # the store may end with the process of rank 0, and the others have yet to read it
 
-    def _inside(self, store: Any) -> set[int]:
-        """Return the other ranks that have not left."""
+    def _present(self, store: Any) -> set[int]:
+        """Return the other ranks that have not withdrawn."""
         return {r for r in range(self.world) if r != self.rank and not store.check([f"{self._place}/out/{r}"])}
 
     def _ended(self, rank: int) -> bool:
@@ -283,14 +283,14 @@ class Ranks:
             store = dist.distributed_c10d._get_default_store()
             first, end, gone, inside = f"{self._place}/failed/1", time.monotonic() + PATIENCE, set[int](), {self.rank}
             while inside and not gone and time.monotonic() < end:
-                closed = {r for r in self._inside(store) if self._ended(r)}
-                gone = closed & (inside := self._inside(store))  # who leaves says so, and what ails it, before it closes
+                closed = {r for r in self._present(store) if self._ended(r)}
+                gone = closed & (inside := self._present(store))  # who withdraws says so, and what ails it, before it closes
                 if store.check([first]):
                     text = str(store.get(first).decode())
-                    self._leave(store, gone)
+                    self._withdraw(store, gone)
                     return text
                 time.sleep(0.05)
-            self._leave(store, gone)
+            self._withdraw(store, gone)
             if gone:
                 return f"{', '.join(f'rank {r}' for r in sorted(gone))} ended, or was killed, without a word"
             return "the connection between the ranks broke, or one took longer than the timeout given to init_process_group"
