@@ -65,7 +65,8 @@ class Mean:
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums and what is not yet added to them."""
-        return {"total": self.total, "weight": self.weight, "values": self.values, "weights": self.weights}
+        values: Any = torch.stack(self.values) if self.values else []  # one tensor is saved as fast as one of its numbers
+        return {"total": self.total, "weight": self.weight, "values": values, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Take them back."""

@@ -61,7 +61,7 @@ def capture(loop: Session) -> store.Contents:
 def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
     """Return what each rank has of its own."""
     return {
-        "rng": rng.snapshot(loop.state.device),
+        "rng": rng.as_plain(rng.snapshot(loop.state.device)),
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
         "callbacks": {c.key: callbacks[c.key] for c in loop.callbacks if c.of_rank and c.key in callbacks},

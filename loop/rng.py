@@ -100,23 +100,32 @@ def seed_everything(seed: int) -> None:
 
 
 def snapshot(device: torch.device) -> dict[str, Any]:
-    """Return the state of every global generator as plain data."""
-    version, inner, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": [g.get_state() for g in generators(device)], "python": [version, [*inner], gauss]}
+    """Return the state of every global generator."""
+    state: dict[str, Any] = {"torch": [g.get_state() for g in generators(device)], "python": random.getstate()}
     if numpy := sys.modules.get("numpy"):
-        kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = [kind, keys.tolist(), *rest]
+        state["numpy"] = numpy.random.get_state()
     return state
 
 
+def as_plain(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a snapshot as plain data; the words as tensors, since a list of numbers is saved one by one."""
+    version, words, gauss = state["python"]
+    found = {"torch": state["torch"], "python": [version, torch.tensor(words), gauss]}
+    if "numpy" in state:
+        kind, keys, *rest = state["numpy"]
+        found["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), *rest]
+    return found
+
+
 def restore(state: dict[str, Any], device: torch.device) -> None:
-    """Put the global generators back to a snapshot."""
+    """Put the global generators back to a snapshot, plain or not; in older checkpoints the words are lists."""
     for generator, one in zip(generators(device), state["torch"], strict=False):
         generator.set_state(one)
-    version, inner, gauss = state["python"]
-    random.setstate((version, tuple(inner), gauss))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist() if isinstance(words, torch.Tensor) else words), gauss))
     if "numpy" in state and (numpy := sys.modules.get("numpy")):
         kind, keys, *rest = state["numpy"]
+        keys = keys.numpy() if isinstance(keys, torch.Tensor) else keys
         numpy.random.set_state((kind, numpy.array(keys, dtype="uint32"), *rest))
 
 

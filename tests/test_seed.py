@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookloop.callbacks import ClipGradients, GradientAccumulation, Seed, Warmup
-from hookloop.loop import Callback, Loop, State
+from hookloop.loop import Callback, Loop, State, rng
 
 
 class Micro(Callback):
@@ -428,3 +428,15 @@ def test_a_seed_is_driven_by_a_state_alone() -> None:
     state = State(model, adamw(model))
     Seed(7).on_setup(state)
     assert state.seed == 7
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_a_saved_state_gives_the_same_draws_as_tensors_and_as_the_lists_of_older_checkpoints(form: Any) -> None:
+    def draws() -> list[float]:
+        return [random.gauss(0, 1), np.random.normal(), torch.rand(()).item()]
+
+    draws()  # so that a second normal number is kept
+    state, expected = rng.as_plain(rng.snapshot(torch.device("cpu"))), draws()
+    state["python"][1], state["numpy"][1] = form(state["python"][1].tolist()), form(state["numpy"][1].tolist())
+    rng.restore(state, torch.device("cpu"))
+    assert draws() == expected

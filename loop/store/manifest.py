@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import stat
@@ -38,13 +39,18 @@ def render(
     step: int, reasons: list[str], files: dict[str, Any], beside: dict[str, Any], about: dict[str, Any] | None = None
 ) -> str:
     """Return the manifest's text; its last entry is the digest of all the others."""
-    try:
-        version = metadata.version("hookloop")
-    except metadata.PackageNotFoundError:  # the source folder on the path, never installed
-        version = "unknown"
-    content = {"format": FORMAT, "step": step, "reasons": reasons, "torch": str(torch.__version__), "hookloop": version,
+    content = {"format": FORMAT, "step": step, "reasons": reasons, "torch": str(torch.__version__), "hookloop": version(),
                **(about or {}), "files": files, "beside": beside}  # fmt: skip
     return _text(content)
+
+
+@functools.cache
+def version() -> str:
+    """Return hookloop's; to look it up reads all of its packaging metadata."""
+    try:
+        return metadata.version("hookloop")
+    except metadata.PackageNotFoundError:  # the source folder on the path, never installed
+        return "unknown"
 
 
 def _text(content: dict[str, Any]) -> str:
