@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections import defaultdict
 
+import many
 import pytest
 
-LARGE, LARGE_OF_RANKS, MOST = 3, 2, 8  # cases; those with processes of their own cost more
+LARGE, MOST = 3, 8  # cases
+COSTLY = re.compile(r"test_(ranks|sharded)|killed|resumed|test_(rs|sg|ck|tb|oo)\d")  # processes of their own, or many runs
+LARGE_AND_COSTLY, MOST_AND_COSTLY = 1, 3
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
 # Lines that others run too, again and again, as a table's later cases do: on Python 3.11 to trace them doubles their time.
 UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws_slow|checkpoint)\.py")
+# Files whose tests one process runs, with `--dist loadgroup`: of ranks only one test at a time, since each takes all cores;
+# of the others what all of a file's tests compare with is made once.
+TOGETHER = re.compile(r"test_(ranks|examples|kill)")
+
+
+def pytest_configure() -> None:
+    """Of several test processes let ranks go first: each waits for others thousands of times, and soon lasts four times as long."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        many.serve()  # what it starts keeps the priority of before
+        os.nice(19)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -19,10 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a large table run a quarter by default, chosen by name, so that a run stays short: the rest is marked slow."""
     tables = defaultdict[str, list[pytest.Item]](list)
     for item in items:
+        if group := TOGETHER.search(item.nodeid):
+            item.add_marker(pytest.mark.xdist_group(group[1]))
         if item.get_closest_marker("slow") is None:
             tables[item.nodeid.partition("[")[0]].append(item)
     for table, cases in tables.items():
-        large, share, most = LARGE_OF_RANKS if re.search(r"test_(ranks|sharded)", table) else LARGE, 4, MOST
+        large, share, most = (LARGE_AND_COSTLY, 4, MOST_AND_COSTLY) if COSTLY.search(table) else (LARGE, 4, MOST)
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
         if CHEAP.search(table.rpartition("::")[2]):
             large, share, most = MANY, 2, MANY

@@ -394,7 +394,7 @@ def kill_again_and_again(server: Server, whole: dict[str, End], tmp_path: Path, 
 
 
 def test_rs_killed_at_random_moments(server: Server, whole: dict[str, End], tmp_path: Path) -> None:
-    kill_again_and_again(server, whole, tmp_path, kills=18, most=3, spread=True, seed=1)
+    kill_again_and_again(server, whole, tmp_path, kills=6, most=1, spread=True, seed=1)
 
 
 @pytest.mark.slow
@@ -403,6 +403,7 @@ def test_rs_killed_a_thousand_times(server: Server, whole: dict[str, End], tmp_p
     kill_again_and_again(server, whole, tmp_path, kills=1000, most=25, spread=False, seed=2)
 
 
+@pytest.mark.slow
 def test_rs_cold_starts(whole: dict[str, End], tmp_path: Path) -> None:
     """Nothing is left of the process before but its files: the second interpreter goes on from what the first one saved."""
     boot = "import sys; sys.path.insert(0, sys.argv[1]); import test_kill; test_kill.train(sys.argv[2], int(sys.argv[3]))"
