@@ -115,14 +115,15 @@ class Dispatch:
 
     def sample(self) -> None:
         """Time the hooks of some updates, and warn, once each, of what was slow in two of them running."""
-        step, sampling, now = self.state.step, self.sampling, time.perf_counter()
+        step, sampling = self.state.step, self.sampling
         if sampling is None:
             if step % 97 != 96 and step not in (8, 16):  # a prime, which meets nobody's interval time and again
                 return
-            self.sampling = now, self.hooks
+            self.sampling = time.perf_counter(), self.hooks
             self.hooks = {hook: tuple([Timed(method, hook) for method in self.hooks[hook]]) for hook in self.hooks}
             return
-        took, all_timed = now - sampling[0], [timed for hook in STEP for timed in self.hooks[hook] if isinstance(timed, Timed)]
+        took = time.perf_counter() - sampling[0]
+        all_timed = [timed for hook in STEP for timed in self.hooks[hook] if isinstance(timed, Timed)]
         found = {timed.name: timed.spent for timed in all_timed if timed.spent > max(0.005, 0.2 * took)}
         before, self.hooks, self.sampling, self.slow = self.slow, sampling[1], None, tuple(found)
         for name in (set(before) & found.keys()) - self.warned:  # logged: an error where warnings are errors would be too much

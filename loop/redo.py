@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Snapshot:
     """Kept from a step's start: buffers by name, since a forward may fill or rebind them (BatchNorm bumps no version)."""
 
-    def __init__(self, state: State) -> None:
-        self.generators, self.model = generators(state.device), shaped(state.model)
+    def __init__(self, state: State, seeded: bool = False) -> None:
+        """`seeded`: torch's generators are, for each micro-batch, so that they need not be kept."""
+        self.generators, self.model = [] if seeded else generators(state.device), shaped(state.model)
         ours = {p for group in state.optimizer.param_groups for p in group["params"]}
         self.outside = [p for p in state.model.parameters() if p.requires_grad and p not in ours]
 

@@ -168,7 +168,7 @@ class Session(Saves):
         if state.seed is not None:
             self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
         if loader is not None and self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
-            self.snapshot = Snapshot(state)
+            self.snapshot = Snapshot(state, self.streams is not None)
         self._run("on_fit_start")
         if loader is None:  # else before each epoch
             check_trained(self)

@@ -140,7 +140,7 @@ class State:
         """Whether it is time to leave."""
         if self.ranks.together:
             return self.ranks.leaves
-        if time.monotonic() < self._leave_at:
+        if self._leave_at == math.inf or time.monotonic() < self._leave_at:
             return False
         self.stop(self._leave_reason)
         return True

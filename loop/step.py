@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 ZERO_GRAD = Optimizer.zero_grad
+NOTHING = contextlib.nullcontext()
 
 
 class Eager:
@@ -42,11 +43,12 @@ class Eager:
         self.written += 1
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
-        nothing = silenced(loss) if isinstance(factor, float) and not factor else contextlib.nullcontext()
-        if factor is not None:
-            factor = loop.constant(factor, loss)
-        with nothing:
-            (loss if scaler is None else scaler.scale(loss)).backward(factor)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        if factor is None:
+            scaled.backward()
+        else:
+            with silenced(loss) if isinstance(factor, float) and not factor else NOTHING:
+                scaled.backward(loop.constant(factor, loss))
         return outputs
 
     def update(self, loop: Session) -> None:
@@ -175,9 +177,10 @@ class Step:
                 self.taken = True
             micros, self._micros = self._micros, None
             if micros is None:
-                micros = among_ranks(self, self._cut(), "redoes a step") or []
-            self.rehearsal = rehearsal.is_new(self)
-            self.back_to = rehearsal.rearranges(self)
+                micros = self._cut() if not state.ranks.together else among_ranks(self, self._cut(), "redoes a step") or []
+            if state.ranks.together:
+                self.rehearsal = rehearsal.is_new(self)
+                self.back_to = rehearsal.rearranges(self)
             for micro in micros:
                 yield micro
                 if self._redo:
