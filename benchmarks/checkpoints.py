@@ -4,7 +4,8 @@ python benchmarks/checkpoints.py [--repetitions 9] [--mib 300] [--folder runs/be
 
 The content is the same for all: a model's weights and AdamW's state, about `--mib` MiB. Each save ends flushed to the
 disk. The stall is how long a step waits for a save in the background, beside the bare copy of the same tensors to host
-memory and torch's asynchronous distributed checkpoint.
+memory and torch's asynchronous distributed checkpoint. Last, what a save adds to each update of a net of a few kilobytes, in
+a whole run: hookloop's holds the run (position, generators, the epoch's losses), the hand-written one weights and optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from machine import machine
 from torch import nn
 
-from hookloop.callbacks import Checkpoint
+from hookloop.callbacks import Checkpoint, Seed
 from hookloop.loop import Loop, store
 
 WIDTH = 1024
@@ -168,10 +169,42 @@ def stalls(all: Contestants, repetitions: int) -> dict[str, list[float]]:
     return found
 
 
+def in_a_run(folder: Path, repetitions: int, updates: int = 100) -> dict[str, list[float]]:
+    data = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))] * updates
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def run(saves: bool, by_hand: bool) -> None:
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        optimizer = torch.optim.AdamW(model.parameters())
+        if not by_hand:
+            more = [Checkpoint(folder / "small", every=1)] if saves else []
+            Loop(model, optimizer, [Seed(0), *more]).fit(loss_fn, data, epochs=1)
+            return
+        for number, batch in enumerate(data):
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+            if saves:
+                path = folder / "small" / f"{number % 3}"
+                path.parent.mkdir(exist_ok=True)
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+                flush(path)
+
+    found: dict[str, list[float]] = {"torch.save by hand, flushed": [], "hookloop, Checkpoint(every=1)": []}
+    for _ in range(repetitions):
+        for by_hand, times in zip((True, False), found.values(), strict=True):
+            bare, saving = (timed(lambda saves=saves, by_hand=by_hand: run(saves, by_hand)) for saves in (False, True))  # type: ignore[misc]
+            times.append((saving - bare) / updates)
+            shutil.rmtree(folder / "small")
+    return found
+
+
 def row(name: str, times: list[float], base: list[float]) -> str:
     ratio = sorted(a / b for a, b in zip(times, base, strict=True))
     middle = f"{statistics.median(ratio):.2f} ({ratio[0]:.2f} to {ratio[-1]:.2f})"
-    return f"| {name} | {statistics.median(times) * 1e3:.0f} | {middle} |"
+    return f"| {name} | {statistics.median(times) * 1e3:.3g} | {middle} |"
 
 
 def main() -> None:
@@ -207,6 +240,11 @@ def main() -> None:
     print("\n| | a step waits, ms | ratio |\n|---|---|---|")
     for name, times in found.items():
         print(row(name, times[1:], bare[1:]))
+    found = in_a_run(given.folder, given.repetitions + 1)
+    by_hand = next(iter(found.values()))
+    print("\n| | a save of a small net adds, ms | ratio |\n|---|---|---|")
+    for name, times in found.items():
+        print(row(name, times[1:], by_hand[1:]))
     shutil.rmtree(given.folder)
 
 

@@ -188,6 +188,7 @@ def child(pipe: Connection, worker: Any, args: Any, environment: dict[str, str],
     try:
         if quiet is not None:
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=quiet))
+            dist.barrier()  # a rank that ends at once would close the connections that another is yet to make
         ended = Ended(worker(int(environment["RANK"]), int(environment["WORLD_SIZE"]), *args))
     except BaseException as error:
         ended = Ended(error="\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))

@@ -324,7 +324,7 @@ class Driver:
 
     def drive(self, tmp_path: Path, whole: dict[str, End], kills: int) -> None:
         """Make so many kills, in as many runs as that takes, and check each run's end."""
-        for variant in itertools.cycle(VARIANTS):
+        for variant in itertools.cycle(list(VARIANTS)[:: 1 if kills > len(VARIANTS) else 2]):
             if self.counts["kills"] >= kills:
                 break
             place = tmp_path / f"{self.counts['runs']}"
@@ -389,12 +389,12 @@ def kill_again_and_again(server: Server, whole: dict[str, End], tmp_path: Path, 
         print(f"{driver}, {time.monotonic() - before:.0f} s")
     counts = driver.counts
     assert counts["kills"] == kills
-    assert counts["equal"] == counts["runs"] >= len(VARIANTS)
+    assert counts["equal"] == counts["runs"] >= min(kills, len(VARIANTS))
     assert counts["while writing"] >= kills // 30
 
 
 def test_rs_killed_at_random_moments(server: Server, whole: dict[str, End], tmp_path: Path) -> None:
-    kill_again_and_again(server, whole, tmp_path, kills=6, most=1, spread=True, seed=1)
+    kill_again_and_again(server, whole, tmp_path, kills=3, most=1, spread=True, seed=1)
 
 
 @pytest.mark.slow
