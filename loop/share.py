@@ -25,8 +25,7 @@ def among_ranks(step: Step, micros: list[Micro], kind: str) -> list[Micro] | Non
     A rank whose data have ended, or weigh nothing, takes part with a stand-in. None where the run is to end before this step.
     """
     loop, state = step.loop, step.loop.state
-    if not (ranks := state.ranks).together:
-        return micros
+    ranks = state.ranks
     weight = step.weight if micros else 0
     tensor = isinstance(weight, Tensor)  # its batch lies on the device
     rows = decide(state, kind, 0 if tensor else weight, tensor, state.micro_size, len(micros))

@@ -7,7 +7,6 @@ import re
 import zlib
 from collections import defaultdict
 
-import many
 import pytest
 
 LARGE, MOST = 3, 8  # cases
@@ -23,7 +22,9 @@ TOGETHER = re.compile(r"test_(ranks|examples|kill)")
 
 def pytest_configure() -> None:
     """Of several test processes let ranks go first: each waits for others thousands of times, and soon lasts four times as long."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "fork"):
+        import many
+
         many.serve()  # what it starts keeps the priority of before
         os.nice(19)
 
