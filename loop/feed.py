@@ -159,7 +159,7 @@ class Feed:
         if self._streams:
             seed_streams(mix(self._base, self.read), self._streams)
         data = self._ahead.pop() if self._ahead else self._reading(next, self._source, END)
-        if self.epoch == 0 and self.read < 2 and data is not END:
+        if self.read < 2 and self.epoch == 0 and data is not END:
             self._look_at(data)
         return data
 
@@ -209,6 +209,9 @@ class Feed:
             again, self.again = self.again, []
             return again
         self._before, left = (self.read, self.offset), self.left
+        if batch_size is None and accumulate == 1 and left is not None:
+            self.left, self.offset = None, 0
+            return [left]
         try:
             return self._gather(batch_size, accumulate)
         except BaseException:
@@ -216,9 +219,6 @@ class Feed:
             raise
 
     def _gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
-        if batch_size is None and accumulate == 1 and self.left is not None:
-            only, self.left, self.offset = [self.left], None, 0
-            return only
         found: list[Chunk] = []
         for _ in range(accumulate):
             parts = self._take(batch_size)

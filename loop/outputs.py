@@ -66,7 +66,11 @@ def single(value: Any) -> bool:
 
 def singles(outputs: dict[str, Any]) -> dict[str, Any]:
     """Return the outputs that are one number, without their graph."""
-    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in outputs.items() if single(v)}
+    found = {}
+    for name, value in outputs.items():
+        if single(value):
+            found[name] = value.detach() if isinstance(value, Tensor) else value
+    return found
 
 
 def weighted(values: list[Any], factors: list[Any]) -> Any:

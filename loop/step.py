@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ZERO_GRAD = Optimizer.zero_grad
 NOTHING = contextlib.nullcontext()
+GONE = Chunk(None)
 
 
 class Eager:
@@ -63,16 +64,16 @@ class Eager:
 class Micro:
     """One micro-batch: `with micro: micro.backward(loss_fn)`."""
 
-    __slots__ = ("_batch", "_buffers", "_chunk", "_factor", "_last", "_open", "_reducing", "_step", "number", "outputs",
-                 "stand_in", "weight")  # fmt: skip
+    _batch: Any = None
+    _buffers: Buffers | None = None
+    _reducing: Any = None
+    _open = False
+    stand_in = False  # which leaves no trace
+    outputs: dict[str, Any] | None = None
 
     def __init__(self, step: Step, number: int, chunk: Chunk, weight: float | Tensor, factor: Any, last: bool = True) -> None:
         self._step, self.number, self._chunk, self.weight, self._factor = step, number, chunk, weight, factor
-        self._open, self._batch, self._last = False, None, last
-        self._reducing: Any = None
-        self.stand_in = False  # which leaves no trace
-        self._buffers: Buffers | None = None
-        self.outputs: dict[str, Any] | None = None
+        self._last = last
 
     @property
     def batch(self) -> Any:
@@ -142,19 +143,20 @@ class Micro:
 class Step:
     """The data of one update; iterating it gives the micro-batches, again from the first when a redo is asked for."""
 
+    _held: tuple[Tensor, Tensor, int] | None = None
+    _micros: list[Micro] | None = None
+    _before = size = largest = 0
+    back_to: Snapshot | None = None  # after a pass that only arranges DDP's buckets
+    complete = updated = taken = _redo = rehearsal = False
+
     def __init__(self, loop: Session, chunks: list[Chunk]) -> None:
-        self.loop, self.chunks, self.size, self.largest = loop, chunks, 0, 0
+        self.loop, self.chunks = loop, chunks
+        self.done: list[Micro] = []
         for chunk in chunks:
             if chunk.size is None:
                 chunk.size = loop.measure(chunk.data)
             self.size += chunk.size
         self.weight: Any = self.size
-        self._held: tuple[Tensor, Tensor, int] | None = None
-        self.done: list[Micro] = []
-        self._micros: list[Micro] | None = None
-        self._before = 0
-        self.back_to: Snapshot | None = None  # after a pass that only arranges DDP's buckets
-        self.complete = self.updated = self.taken = self._redo = self.rehearsal = False
 
     def begin(self) -> bool:
         """Agree with the other ranks on this step, let callbacks look; return False where the run is to end instead."""
@@ -201,12 +203,18 @@ class Step:
             limit = min(-(-self.size // least), limit or self.size) or 1
         if limit is not None:
             parts = [piece(c, a, b, loop.cut) for c in parts for a, b in batches.equal_cuts(c.size or 0, limit)]
-        if loop.weigh is None:
-            weighed: list[tuple[Chunk, Any]] = [(part, part.size) for part in parts if part.size]
-        else:  # what weighs nothing, as what holds no sample, takes no part: its mean loss is 0/0
-            weighed = [(part, w) for part in parts if isinstance(w := weight_of(loop, part), Tensor) or w > 0]
-            self.weight = sum(w for _, w in weighed)
-        loop.state.update_size, loop.state.micro_size = self.size, max((part.size or 0 for part, _ in weighed), default=0)
+        loop.state.update_size = loop.state.micro_size = self.size
+        if len(parts) == 1 and loop.weigh is None and self.size:  # what follows in short, for most steps are this
+            return [Micro(self, 0, parts[0], self.size, None)]
+        weighed: list[tuple[Chunk, Any]] = []
+        loop.state.micro_size = 0
+        for part in parts:
+            weight = part.size if loop.weigh is None else weight_of(loop, part)
+            if isinstance(weight, Tensor) or weight > 0:  # what weighs nothing takes no part: its mean loss is 0/0
+                weighed.append((part, weight))
+                loop.state.micro_size = max(loop.state.micro_size, part.size)
+        if loop.weigh is not None:
+            self.weight = sum(weight for _, weight in weighed)
         if len(weighed) == 1:
             return [Micro(self, 0, *weighed[0], None)]
         if not weighed and not loop.state.ranks.together:
@@ -241,11 +249,13 @@ class Step:
     def release(self) -> dict[str, Any]:
         """Let the data go, and return the weighted mean over the step of the loss and of every other single number."""
         done, self.done, self.chunks = self.done, [], []  # micro-batches point back here: a cycle would keep the data
-        if done and self.loop.state.ranks.together:
+        together = self.loop.state.ranks.together
+        if done and together:
             self.loop.stand_in = done[-1]._chunk
         for micro in done:
-            micro._chunk = Chunk(None)
-        done = [micro for micro in done if not micro.stand_in]
+            micro._chunk = GONE
+        if together:
+            done = [micro for micro in done if not micro.stand_in]
         if len(done) == 1:
             return done[0].outputs or {}
         means: dict[str, Any] = {}

@@ -76,15 +76,21 @@ def test_by_hand_ends_with_the_same_fingerprint(digits: Any, tmp_path: Path) -> 
     assert table(start("by_hand.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
 
 
-@pytest.mark.parametrize("after", [pytest.param("step-00000060", marks=pytest.mark.slow), "step-00000220"])
-def test_digits_stopped_with_ctrl_c_and_started_again(digits: Any, tmp_path: Path, after: str) -> None:
-    first = start("digits.py", tmp_path)
-    while first.poll() is None and not (tmp_path / after).exists():
+def stopped_and_started_again(digits: Any, after: str, folder: Path, **how: Any) -> None:
+    """Ctrl-C once this checkpoint is there, then the same command: it ends as the run that nobody stopped."""
+    first = start("digits.py", folder, **how)
+    while first.poll() is None and not (folder / after).exists():
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in first.communicate(timeout=60)[1]
-    assert table(start("digits.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
-    assert tags(tmp_path) == tags(digits["folder"])
+    assert table(start("digits.py", folder, **how))["fingerprint"] == digits["table"]["fingerprint"]
+    assert tags(folder) == tags(digits["folder"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["step-00000060", "step-00000220"])
+def test_digits_stopped_with_ctrl_c_and_started_again(digits: Any, tmp_path: Path, after: str) -> None:
+    stopped_and_started_again(digits, after, tmp_path)
 
 
 def test_around_is_above_98_percent_with_the_same_tags(digits: Any, tmp_path: Path) -> None:
@@ -170,7 +176,7 @@ def test_two_loops_in_one_body(tmp_path: Path) -> None:
     assert tags(tmp_path / "g") >= {"train/loss", "rate/group0", "speed/samples_per_s"} <= tags(tmp_path / "c")
 
 
-def test_the_wheel_holds_every_file_and_runs_the_example(digits: Any, tmp_path: Path) -> None:
+def test_the_wheel_holds_every_file_and_runs_the_example_also_stopped_and_started_again(digits: Any, tmp_path: Path) -> None:
     source = tmp_path / "source"
     listing = ["git", "ls-files", "-co", "--exclude-standard"]
     for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -198,5 +204,4 @@ def test_the_wheel_holds_every_file_and_runs_the_example(digits: Any, tmp_path: 
     where = subprocess.run([python, "-c", "import hookloop.loop; print(hookloop.loop.__file__)"], cwd=tmp_path,
                            capture_output=True, text=True, check=True)  # fmt: skip
     assert Path(where.stdout.strip()).is_relative_to(tmp_path / "venv")
-    found = table(start("digits.py", tmp_path / "run", python=python, cwd=tmp_path))
-    assert found["fingerprint"] == digits["table"]["fingerprint"]
+    stopped_and_started_again(digits, "step-00000220", tmp_path / "run", python=python, cwd=tmp_path)

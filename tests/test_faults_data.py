@@ -523,6 +523,7 @@ class Flat(Callback):
 
     def __init__(self, alive: Callable[[], int]) -> None:
         self.alive, self.counts = alive, list[tuple[int, int]]()
+        gc.freeze()  # what is there already is neither counted nor looked through
 
     def on_step_end(self, state: State) -> None:
         if state.step % 7 == 0:
