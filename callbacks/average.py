@@ -45,7 +45,7 @@ class Average(Callback):
         self.model: nn.Module | None = None
         self._named: Named | None = None
         self._average = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
-        self._batch: Any = None  # the update's last
+        self._batch: tuple[int, Any] = -1, None  # the update's last, and which try of an update it was
         self._saved: dict[str, Any] | None = None
         self._from: int | None = start if isinstance(start, int) else None
 
@@ -84,14 +84,15 @@ class Average(Callback):
     def on_micro_end(self, state: State) -> None:
         """Have the last batch at hand, where it is to be measured."""
         if self.batch_norm == "measure" and state.micro is not None and state.micro.training and self._due(state.step + 1):
-            self._batch = state.micro.batch
+            self._batch = state.step + state.skipped, state.micro.batch
 
     def _due(self, step: int) -> bool:
         return step > (self._from or 0) and (step - (self._from or 0)) % self.every == 0
 
     def on_step_end(self, state: State) -> None:
         """Take the weights in."""
-        batch, self._batch = self._batch, None
+        (of, batch), self._batch = self._batch, (-1, None)
+        batch = batch if of + 1 == state.step + state.skipped else None  # not that of an update that was skipped
         if not self._due(state.step):
             return
         first, model = self._named is None, bare(state.model)

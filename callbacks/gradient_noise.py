@@ -27,12 +27,12 @@ def wide(x: Tensor) -> Tensor:
 def over_ranks(state: State, norm: Tensor, found: tuple[Tensor, Any] | None) -> tuple[Any, Any, Any]:
     """Return the squared norm after the first micro-batch, of how many samples it is, and how many the update holds.
 
-    Of several ranks the first two are means; what none measured is not finite, and is to be left out.
+    Of several ranks the first two are means over those that measured; what none did is not finite, and is to be left out.
     """
     if not state.ranks.together:
         assert found is not None
         return found[0], found[1] * state.update_size, state.update_size
-    mine = [0.0, 0.0] if found is None else [found[0], 1 / found[1]]
+    mine = [0.0, 0.0, 0.0] if found is None else [found[0], 1 / found[1], 1.0]
     row = torch.stack([x.to(norm) if isinstance(x, Tensor) else norm.new_full((), x) for x in (*mine, state.update_size)])
-    small, parts, many = state.ranks.total(row)
-    return small / state.world, many / parts, many
+    small, parts, ranks, many = state.ranks.total(row)
+    return small / ranks, many / parts * ranks / state.world, many

@@ -36,6 +36,7 @@ class HardExamples(Callback):
         self.examples = dict[str, list[Example]]()
         self._times = dict[str, dict[int, int]]()
         self._open = dict[str, Held]()  # by split, with the update or evaluation under way
+        self._of = -1  # the last try of an update that it saw
         self._held: Held | None = None  # of training's window, after the last update that was applied
         self._host, self._events = HostCopy(), None if folder is None else Events(Path(folder) / "hard_examples")
 
@@ -54,10 +55,12 @@ class HardExamples(Callback):
         before = self._open.get(micro.split) if micro.number else self._held if micro.training else None
         if state.rank == 0:
             self._open[micro.split] = merged(before, new, self.k)
+            self._of = state.step + state.skipped if micro.training else self._of
 
     def on_step_end(self, state: State) -> None:
         """Count the update, and close a window of `every`."""
-        self._held, self._open = self._open.get("train", self._held), {}
+        took_part = self._of + 1 == state.step + state.skipped
+        self._held, self._open = self._open.get("train", self._held) if took_part else self._held, {}
         if self.every is not None and state.step % self.every == 0:
             self._close(state)
         self._drain()

@@ -43,7 +43,7 @@ class Metrics(Callback):
         self.validation: dict[str, Any] = {name: metric.clone() for name, metric in named.items()}
         self.training: dict[str, Any] = {name: metric.clone() for name, metric in named.items()} if training else {}
         self.optional = () if training else ("on_step_end", "on_epoch_end")
-        self._seen: list[tuple[Any, Any]] = []
+        self._seen, self._of = list[tuple[Any, Any]](), -1  # of which try of an update
 
     def on_setup(self, state: State) -> None:
         """Put the metrics on the model's device."""
@@ -66,7 +66,7 @@ class Metrics(Callback):
                            f"{', '.join(micro.outputs)}")  # fmt: skip
         pair = micro.outputs["preds"], micro.outputs["target"]
         if micro.training:
-            self._seen = [pair] if micro.number == 0 else [*self._seen, pair]
+            self._seen, self._of = [*(self._seen if micro.number else ()), pair], state.step + state.skipped
             return
         for name, metric in self.validation.items():
             if micro.number == 0:
@@ -77,7 +77,7 @@ class Metrics(Callback):
     def on_step_end(self, state: State) -> None:
         """Feed training's."""
         for name, metric in self.training.items():
-            for pair in self._seen:
+            for pair in self._seen if self._of + 1 == state.step + state.skipped else ():  # else this rank took no part
                 metric.update(*pair)
             state.log(f"train_{name}", metric.compute)
         self._seen = []

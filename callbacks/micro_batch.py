@@ -80,7 +80,7 @@ class MicroBatch(Callback):
 
     def _learn(self, state: State) -> None:
         memory, opened, self._open = self.memory, self._open, None
-        if opened is not None:
+        if opened is not None and state.micro_size:  # else this rank only took part in what others trained
             if memory.retries() > opened[0]:  # it fitted in pieces only
                 self.sizes.fail(state.micro_size, memory.capacity() - self._base)
             if state.runner.written > opened[2]:  # a replay takes no memory anew

@@ -46,11 +46,11 @@ class NonFinite(Callback):
         """Have gradients checked when they are as the optimizer gets them, and all kept from before a step's first forward."""
         state.checks.append(self._check)
         state.before.append(self._before)
-        state.keep_buffers |= self.action == "skip"
+        state.keep_buffers |= self.action == "skip" or state.scaler is not None  # which skips by itself
         self._state = state
 
     def _before(self, state: State) -> None:
-        self._state, self._buffers = state, statistics(state) if self._buffers is None else self._buffers
+        self._state, self._loss, self._buffers = state, None, statistics(state) if self._buffers is None else self._buffers
         if self._kept is not None:
             self._kept.look(state, self._buffers)
 

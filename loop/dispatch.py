@@ -33,6 +33,8 @@ ELSEWHERE = {
 # Around a loop of the user's own, where steps, epochs and data are not ours, only these run.
 AROUND = {"on_setup", "on_fit_start", "on_micro_end", "on_before_optimizer_step", "on_step_end", "on_validation_end",
           "on_fit_end"}  # fmt: skip
+# What these tell of has happened: where one callback fails, those behind it hear of it too, or would miss it for good.
+AFTER = ("on_step_end", "on_validation_end", "on_epoch_end")
 STEP = ("on_step_start", "on_micro_end", "on_before_optimizer_step", "on_step_end")  # a part of each update
 
 
@@ -132,13 +134,19 @@ class Dispatch:
                         "without .item()", name, 100 * found[name] / took, 1000 * took)  # fmt: skip
 
     def _run(self, hook: str) -> list[Any]:
-        answers = []
+        answers, first = list[Any](), list[BaseException]()
         for method in self.hooks[hook]:
             try:
                 answers.append(method(self.state))
             except BaseException as error:
                 note(error, method, hook, self.state.step)
-                raise
+                if hook not in AFTER:
+                    raise
+                first.append(error)
+        for other in first[1:]:
+            say(first[0], f"then, in the same hook: {type(other).__name__}: {other}")
+        if first:
+            raise first[0]
         return answers
 
     def _plan(self) -> None:

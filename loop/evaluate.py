@@ -22,8 +22,9 @@ from .order import apart
 from .outputs import checked, detached, single, weight_of
 from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
 from .rng import derive, isolated
+from .share import shortened
 from .state import State, computed
-from .wants import decide
+from .wants import decide, wants
 from .wrapped import each_alone
 
 if TYPE_CHECKING:
@@ -57,11 +58,12 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
             for place, data in enumerate(_read(loader, state, may_leave)):
                 read = Chunk(data, in_sequence(loader, place) if loop.hooks["on_micro_end"] else None)
                 count = _one_batch(loop, loss_fn, model, read, count, means, prefix.rstrip("_"))
-            if not count and not (may_leave and state.leaving):
+            if not count and not (may_leave and (state.leaving or wants(state)["leave"])):
                 raise ValueError(f"the {prefix.rstrip('_')} loader gave 0 batches; give it data, or leave it out")
             while state.ranks.together and any(row[0] for row in decide(state, "evaluates", False)):
                 if state.ranks.sharded and read is not None:  # others wait for this rank's part of the weights
-                    loop.forward(loss_fn, model, batches.move(read.data, state.device))
+                    part = shortened(loop, read, state.eval_micro_batch_size)
+                    loop.forward(loss_fn, model, batches.move(part.data, state.device))
             if may_leave and state.leaving:
                 return None
             found: dict[str, Any] = state.ranks.means(means)
@@ -87,7 +89,7 @@ def _read(loader: Any, state: State, may_leave: bool) -> Iterator[Any]:
                 return
             yield data
     except Exception as error:
-        if may_leave and state.leaving:
+        if may_leave and (state.leaving or (state.ranks.together and wants(state)["leave"])):
             return
         explain(error, loader, source, f"batch {number} of an evaluation after step {state.step}", in_sequence(loader, number))
         if not getattr(loader, "persistent_workers", False):

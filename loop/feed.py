@@ -257,6 +257,11 @@ class Feed:
         return chunk if chunk.size is not None else Chunk(chunk.data, chunk.index, self._measure(chunk.data))
 
     @property
+    def over(self) -> bool:
+        """Whether all of the epoch was used."""
+        return self._ended and self.left is None and not self.again
+
+    @property
     def empty(self) -> str | None:
         """Why the epoch gave no batch at all; None where it gave one, or began inside."""
         if self.read or self.begun or self.more():

@@ -14,6 +14,7 @@ from .batch import leaves
 from .checks import say
 from .groups import fold
 from .store import Named
+from .wrapped import reshard
 
 if TYPE_CHECKING:
     from .dispatch import Dispatch
@@ -75,6 +76,8 @@ def warn_once(loop: Dispatch, kind: Any, text: str) -> None:
 def check_trained(loop: Session) -> None:
     """Refuse, at the start, an optimizer that holds only frozen parameters; warn of trainable ones that none holds, once."""
     state, first = loop.state, "trained" not in loop.warned
+    if state.ranks.sharded:
+        reshard(state.model)
     loop.warned.add("trained")
     kind, mine = type(state.optimizer).__name__, [p for group in state.optimizer.param_groups for p in group["params"]]
     if first and state.loader is not None and not any(p.requires_grad for p in mine):

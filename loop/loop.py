@@ -14,6 +14,7 @@ One update, in order, with the hooks where they run:
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,9 +24,10 @@ from .around import given, left_out
 from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .guards import left_in_eval
+from .saves import log
 from .state import State
 from .step import Step
-from .update import Updates, log
+from .update import Updates
 
 
 class Loop(Updates):
@@ -111,7 +113,8 @@ class Loop(Updates):
                     self._plan()
                 if state._saves:
                     self._flush()
-                self._step = step = Step(self, feed.gather(state.batch_size, state.accumulate))
+                gather = functools.partial(feed.gather, state.batch_size, state.accumulate)
+                self._step = step = Step(self, self._read_unless_leaving(gather, []) if together else gather())
                 if not step.begin():
                     break
                 yield step

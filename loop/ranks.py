@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import say
-from .wrapped import frozen, fsdp1, sharded, wrapping
+from .wrapped import check_mesh, frozen, fsdp1, sharded, wrapping
 
 if TYPE_CHECKING:
     from .mean import Mean
@@ -87,13 +87,13 @@ class Ranks:
 
     entries = 0  # of Loops, the same on all ranks
 
-    def __init__(self, rank: int = 0, world: int = 1, together: bool = False) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, together: bool = False, shards: bool = False) -> None:
         self.rank, self.world, self.together, self.first = rank, world, together, rank == 0 or not together
         self.count = world if together else 1  # of those that share the model
         self.unread = set[str]()  # checkpoints that not all ranks can read
         self.over = False  # the ranks have lost one another
         self.leaves = False  # all leave
-        self.sharded = False  # by FSDP2, whose every forward is a message
+        self.sharded = shards  # by FSDP2, whose every forward is a message
         self.coupled = False  # every forward of training is a message, of SyncBatchNorm too
         self.frozen = set[Any]()  # parameters that DDP does not average
         self._place = ""
@@ -106,7 +106,7 @@ class Ranks:
             raise ValueError("model is wrapped in FullyShardedDataParallel (FSDP1), which torch itself has given up; shard it "
                              "with torch.distributed.fsdp.fully_shard(model)")  # fmt: skip
         if world == 1:
-            return cls(rank, world)
+            return cls(rank, world, shards=sharded(model))
         if not (dist.is_available() and dist.is_initialized()):
             log.warning("WORLD_SIZE=%d says that there are other processes, but torch.distributed is not initialised: each trains "
                         "a model of its own; call torch.distributed.init_process_group() before Loop", world)  # fmt: skip
@@ -119,8 +119,8 @@ class Ranks:
             raise ValueError(f"parts of the model are shared between the {world} ranks, but not the {type(model).__name__} around "
                              "them, whose other parameters would be trained apart: wrap the whole "
                              "(DistributedDataParallel(model)), or call fully_shard(model) after its parts")  # fmt: skip
-        found = cls(rank, world, True)
-        found.sharded = sharded(model)
+        check_mesh(model, world)
+        found = cls(rank, world, True, sharded(model))
         found.coupled = found.sharded or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         found.frozen = frozen(model)
         return found
@@ -175,8 +175,7 @@ class Ranks:
                                                 dist.P2POp(dist.irecv, table[have : have + more], ahead, group)]):  # fmt: skip
                 work.wait()
             have += more
-        rows: list[list[float]] = table.roll(self.rank, 0).tolist()
-        return rows
+        return table.roll(self.rank, 0).tolist()
 
     def exchange(self, kind: str, thing: Any) -> list[Any]:
         """Return a plain object of every rank, in rank order."""
@@ -254,7 +253,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             traceback.clear_frames(error.__traceback__)  # a group's connections are closed when nothing holds it any more
-            raise RankFailed(self._lost()) from error
+            raise RankFailed(self._lost(any(word in str(error).lower() for word in ("timed out", "timeout")))) from error
 
     def _withdraw(self, store: Any, gone: Collection[int] = ()) -> None:
         """Let those who wait for this rank hear that it is out, after its mark that it is no dead one."""
@@ -276,12 +275,15 @@ class Ranks:
             return True
         return False
 
-    def _lost(self) -> str:
+    def _lost(self, waited: bool = False) -> str:
         """Return why the ranks have lost one another: the first error of any, or who is gone without a word."""
         self.over = True
         with contextlib.suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
             first, end, gone, inside = f"{self._place}/failed/1", time.monotonic() + PATIENCE, set[int](), {self.rank}
+            if waited and not store.check([first]):  # its own connections are closed then, and tell nothing of the others'
+                store.set(first, f"rank {self.rank} heard nothing from another for longer than the timeout given to "
+                                 "init_process_group, as while that one writes a large save; give it a longer one")  # fmt: skip
             while inside and not gone and time.monotonic() < end:
                 closed = {r for r in self._present(store) if self._ended(r)}
                 gone = closed & (inside := self._present(store))  # who withdraws says so, and what ails it, before it closes

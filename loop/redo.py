@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .batch import leaves
 from .chunk import Chunk
-from .rng import generators
+from .rng import generators, restore, snapshot
 
 if TYPE_CHECKING:
     from .state import State
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Snapshot:
     """Kept from a step's start: buffers by name, since a forward may fill or rebind them (BatchNorm bumps no version)."""
 
-    def __init__(self, state: State, seeded: bool = False) -> None:
-        """`seeded`: torch's generators are, for each micro-batch, so that they need not be kept."""
+    def __init__(self, state: State, seeded: bool = False, host: bool = False) -> None:
+        """`seeded`: torch's generators are, for each micro-batch, so that they need not be kept; `host`: Python's, NumPy's too."""
+        self.device, self.host = state.device if host else None, dict[str, Any]()
         self.generators, self.model = [] if seeded else generators(state.device), shaped(state.model)
         ours = {p for group in state.optimizer.param_groups for p in group["params"]}
         self.outside = [p for p in state.model.parameters() if p.requires_grad and p not in ours]
@@ -31,6 +32,7 @@ class Snapshot:
         held = [(m._buffers, [*m._buffers.items()]) for m in self.model.modules()]
         self.buffers = [(owner, [(name, b, None if b is None else b.clone()) for name, b in found]) for owner, found in held]
         self.grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.outside]
+        self.host = {} if self.device is None else snapshot(self.device)
         self.states = [generator.get_state() for generator in self.generators]
         found = [(path, x) for chunk in chunks for path, x in leaves(chunk.data) if isinstance(x, Tensor)]
         self.versions = [(path, x, x._version) for path, x in found if not x.is_inference()]
@@ -49,6 +51,8 @@ class Snapshot:
                     grad.copy_(copy)
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_state(state)
+        if self.device is not None:
+            restore(self.host, self.device)
 
     @torch.no_grad()
     def put_back_buffers(self) -> None:

@@ -44,7 +44,7 @@ def rearranges(step: Step) -> Snapshot | None:
     ddp: Any = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
     if loop.state.ranks.count < 3 or ddp is None or (ddp.find_unused_parameters and not ddp.static_graph):
         return None
-    before = Snapshot(loop.state)
+    before = Snapshot(loop.state, host=True)
     before.take(step.chunks)
     return before
 

@@ -16,10 +16,12 @@ import torch
 from . import rng, store
 from .batch import move
 from .callback import Callback
+from .chunk import Chunk
 from .dispatch import note
 from .mean import Mean
 from .plan import update_samples
 from .reshard import reshard
+from .share import kept_stand_in
 from .wrapped import load_buffers, own_buffers
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ def capture(loop: Session) -> store.Contents:
         "settings": loop.settings,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         **(mine := own(loop, callbacks)),
-        "ranks": state.ranks.exchange("saves", mine) if state.ranks.together else None,
+        # on the host: what lies on a device would be unpickled there, by every rank
+        "ranks": state.ranks.exchange("saves", move(mine, torch.device("cpu"))) if state.ranks.together else None,
         "callbacks": callbacks,
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
@@ -67,6 +70,7 @@ def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
         "callbacks": {c.key: callbacks[c.key] for c in loop.callbacks if c.of_rank and c.key in callbacks},
         "buffers": own_buffers(loop.state),
         "samples": loop.state.samples,
+        "stand_in": kept_stand_in(loop),
     }
 
 
@@ -109,6 +113,9 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     store.fill(found, store.Named(state.model, state.optimizer).layout())
     saved = found.state
     alone = own_of(saved, state.ranks, loop.callbacks)
+    if state.ranks.rank >= saved.get("world", 1) and state.ranks.together:  # else it would draw what another one draws
+        with rng.isolated(state.device, rng.derive(saved["seed"] or 0, "rank", state.rank, saved["progress"]["step"])):
+            alone["rng"] = rng.snapshot(state.device)
     saved["callbacks"] |= alone["callbacks"]
     taken, refused = _load_callbacks(mine, saved["callbacks"])
     named = store.Named(state.model, state.optimizer)  # maybe another optimizer than before
@@ -152,6 +159,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
     state.samples = alone["samples"]
     load_buffers(state, alone.get("buffers") or {})
+    loop.stand_in = Chunk(*alone["stand_in"]) if alone.get("stand_in") else None
     loop.feed.load_state_dict(alone["data"])
     loop.train_loss.load_state_dict(alone["train_loss"], state.device)
     state.saved = str(found.place)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 from .dispatch import Dispatch
 from .redo import Snapshot
 from .resume import capture
-from .wants import decide
+from .wants import decide, wants
 
 if TYPE_CHECKING:
     from .session import Session
+
+log = logging.getLogger("hookloop")
 
 
 class Saves(Dispatch):
@@ -60,6 +64,16 @@ class Saves(Dispatch):
         if self.state.keep_buffers:
             self.snapshot = self.snapshot or Snapshot(self.state)
             self.snapshot.take([])
+
+    def _read_unless_leaving(self, read: Callable[[], Any], otherwise: Any) -> Any:
+        """Return what `read` gives, or `otherwise` where it fails on a rank whose signal to leave may have ended workers too."""
+        try:
+            return read()
+        except Exception as error:
+            if not (self.state.ranks.together and wants(self.state)["leave"]):
+                raise
+            log.warning("reading data failed while leaving: %r", error)
+            return otherwise
 
     def _settle(self, applied: bool) -> bool:
         """Return whether the update was applied; where it was left out, put back what may have to be."""

@@ -27,6 +27,7 @@ from .chunk import Chunk
 from .dispatch import check, note, table
 from .exchange import follow
 from .feed import Feed
+from .forward import Forward
 from .guards import back_to_train, check_trained, modes_of, to_train
 from .mean import Mean
 from .plan import count_steps, update_samples
@@ -43,7 +44,7 @@ from .wrapped import check_shared, wrapping
 log = logging.getLogger("hookloop")
 
 
-class Session(Saves):
+class Session(Saves, Forward):
     """What `with loop:` opens and closes, and what the verbs of `Loop` stand on."""
 
     alive: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()  # what a GAN's other Loop trains is not forgotten here
@@ -110,8 +111,9 @@ class Session(Saves):
         if self._entered:
             raise RuntimeError("this Loop is entered already")
         if self._torn:
-            raise RuntimeError("an error cut this Loop's optimizer off inside a step, so its weights may be half updated: build "
-                               "model, optimizer and callbacks anew, and a Loop that resumes from the last checkpoint")  # fmt: skip
+            raise RuntimeError("an error cut this Loop's optimizer off inside a step, so its weights may be half updated, or a "
+                               "step of a sharded model, which keeps its gradients: build model, optimizer and callbacks anew, and "
+                               "a Loop that resumes from the last checkpoint")  # fmt: skip
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
         state.since, state.stop_reason, state._leave_at, state._leave_reason = time.monotonic(), None, math.inf, ""
@@ -162,7 +164,8 @@ class Session(Saves):
         if state.seed is not None:
             self.seed = state.seed
         elif self.seed is None:  # one draw, as iterating a DataLoader makes, says this run's order
-            drawn, own = int(torch.empty((), dtype=torch.int64).random_()), getattr(loader, "generator", None)
+            with rng.isolated(state.device) if loader is None else contextlib.nullcontext():  # that stream is the user's alone
+                drawn, own = int(torch.empty((), dtype=torch.int64).random_()), getattr(loader, "generator", None)
             self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
             self.seed = state.ranks.exchange("begins training", self.seed)[0]
         if state.seed is not None:
@@ -209,10 +212,11 @@ class Session(Saves):
         check_trained(self)
         if state.ranks.together:
             check_shared(state)
-        if feed.empty:
-            raise ValueError(feed.empty)
+        if empty := self._read_unless_leaving(lambda: feed.empty, None):
+            raise ValueError(empty)
         if state.ranks.together:
-            self._more = any(row[0] for row in decide(state, "begins a pass over its data", feed.more()))
+            more = self._read_unless_leaving(feed.more, True)
+            self._more = any(row[0] for row in decide(state, "begins a pass over its data", more))
             check_apart(self)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -229,9 +233,7 @@ class Session(Saves):
         if error is None:
             attempt(self._check_closed)
         if error is None and not problems:  # after an error, not every callback's hook has run: the last save stands
-            attempt(lambda: decide(self.state, "leaves `with loop:`"))
-            attempt(self._save_last)
-            attempt(self._flush)
+            attempt(self._save_and_leave)
         if error is not None or problems:
             self.state.ranks.fail(error or problems[0])
         self.state._saves, self.state._due = [], []
@@ -243,6 +245,7 @@ class Session(Saves):
             attempt(functools.partial(method, self.state), method)
         if self._step is not None and not self._step.updated:
             self.feed.again = self._step.chunks  # entered again, the run goes on with this very step
+            self._torn |= self.state.ranks.sharded  # fully_shard adds up a step's gradients where nobody can clear them
             attempt(functools.partial(self._step.fail, None))
             self._step.release()
         if error is not None and self.feed.blames(error):
@@ -268,26 +271,13 @@ class Session(Saves):
         if error is None and first is not None:
             raise first
 
+    def _save_and_leave(self) -> None:
+        decide(self.state, "leaves `with loop:`")
+        self._save_last()
+        self._flush()
+
     def _check_closed(self) -> None:
         if self._step is not None and not self._step.updated:
             self.feed.again, self._step = self._step.chunks, None
             raise RuntimeError("a step was left before loop.update(): each `for step in loop.steps(loader)` must end with "
                                "it, and a break may only follow it")  # fmt: skip
-
-    def forward(self, loss_fn: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any) -> Any:
-        """Run `loss_fn` under autocast; the context ends before backward, which runs in the types forward chose."""
-        if self.autocast is None:
-            return loss_fn(model, batch)
-        with self.autocast():
-            return loss_fn(model, batch)
-
-    def constant(self, value: float | Tensor | None, like: Tensor) -> Tensor | None:
-        """Return a number as a 0-d tensor like another one, made by a fill, which waits for no device."""
-        if value is None or isinstance(value, Tensor):
-            return value if value is None else value.to(like)
-        key = (value, like.dtype, like.device)
-        if key not in self._constants:
-            if len(self._constants) > 256:
-                self._constants.clear()
-            self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
-        return self._constants[key]

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from .chunk import Chunk
+from .batch import walk
+from .chunk import Chunk, own, piece
 from .rng import isolated
+from .store import plain
 from .wants import decide
 
 if TYPE_CHECKING:
@@ -61,17 +64,49 @@ def stand_in(step: Step, number: int) -> Micro:
 
     loop = step.loop
     if (chunk := loop.stand_in) is None and (chunk := next(iter(step.chunks), None)) is None:
-        with isolated(loop.state.device):
-            chunk = Chunk(next(iter(loop.state.loader)))  # a run that resumes where this rank's data had ended
-    micro = Micro(step, number, chunk, 0.0, 0.0)
+        chunk = first_of(loop)
+    micro = Micro(step, number, shortened(loop, chunk, loop.state.micro_batch_size), 0.0, 0.0)
     micro.stand_in = True
     return micro
 
 
+def shortened(loop: Session, chunk: Chunk, limit: int | None) -> Chunk:
+    """Return as much of a chunk as may go through at once."""
+    if limit is None:
+        return chunk
+    if chunk.size is None:
+        chunk.size = loop.measure(chunk.data)
+    return piece(chunk, 0, min(chunk.size, limit), loop.cut)
+
+
+def first_of(loop: Session) -> Chunk:
+    """Return a batch for a rank that resumes where its data had ended, and whose checkpoint holds none."""
+    loader: Any = loop.state.loader
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):  # whose own workers may be at work
+        batched: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
+        if loader.batch_sampler is not None:
+            batched = {"batch_sampler": loader.batch_sampler}
+        loader = DataLoader(loader.dataset, collate_fn=loader.collate_fn, **batched)
+    with isolated(loop.state.device):
+        for data in loader:
+            return Chunk(data)
+    raise RuntimeError("the data of this rank had ended when the checkpoint was made, and the others need a batch from it, which a "
+                       f"{type(loader).__name__} can't give again; resume from a checkpoint at an epoch's end")  # fmt: skip
+
+
+def kept_stand_in(loop: Session) -> list[Any] | None:
+    """Return, as plain data, what a rank whose data have ended takes part with, for its checkpoint."""
+    chunk = loop.stand_in if loop.state.ranks.together and loop.feed.over else None
+    kept = None if chunk is None else [walk(chunk.data, own), chunk.index, chunk.size]
+    return kept if plain(kept) else None
+
+
 @contextlib.contextmanager
-def silenced(loss: Tensor) -> Iterator[None]:
+def silenced(loss: Tensor, model: nn.Module) -> Iterator[None]:
     """Have a backward leave zeros in every parameter: what is not finite stays so when it is multiplied by 0."""
-    seen, ahead, hooks = set[Any](), [loss.grad_fn], list[Any]()
+    # the model's own too, which a checkpointed part (use_reentrant=True) reaches by a graph of its own
+    hooks: list[Any] = [p.register_hook(torch.zeros_like) for p in model.parameters() if p.requires_grad]
+    seen, ahead = set[Any](), [loss.grad_fn]
     while ahead:
         if (node := ahead.pop()) is None or node in seen:
             continue
@@ -84,17 +119,3 @@ def silenced(loss: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class Buffers:
-    """A model's buffers before a forward that is to leave no trace in them."""
-
-    def __init__(self, loop: Session) -> None:
-        self.model: nn.Module = loop.state.model
-        self.kept: list[tuple[Tensor, Tensor]] = [(b, b.clone()) for b in self.model.buffers()]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Undo what the forward did to them."""
-        for buffer, kept in self.kept:
-            buffer.copy_(kept)

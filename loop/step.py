@@ -17,11 +17,11 @@ from .checks import say
 from .chunk import Chunk, piece
 from .guards import back_to_train, name_devices, name_sparse
 from .outputs import checked, detached, singles, weight_of, weighted
-from .share import Buffers, among_ranks, silenced
+from .redo import Snapshot
+from .share import among_ranks, silenced
 from .wrapped import reducing
 
 if TYPE_CHECKING:
-    from .redo import Snapshot
     from .session import Session
 
 
@@ -48,7 +48,7 @@ class Eager:
         if factor is None:
             scaled.backward()
         else:
-            with silenced(loss) if isinstance(factor, float) and not factor else NOTHING:
+            with silenced(loss, loop.state.model) if isinstance(factor, float) and not factor else NOTHING:
                 scaled.backward(loop.constant(factor, loss))
         return outputs
 
@@ -65,7 +65,7 @@ class Micro:
     """One micro-batch: `with micro: micro.backward(loss_fn)`."""
 
     _batch: Any = None
-    _buffers: Buffers | None = None
+    _before: Snapshot | None = None
     _reducing: Any = None
     _open = False
     stand_in = False  # which leaves no trace
@@ -87,6 +87,8 @@ class Micro:
         if not self._open:
             raise RuntimeError("micro.backward must run inside `with micro:`, once")
         loop, self._open = self._step.loop, False
+        if not callable(loss):
+            loop.leave_autocast()
         batch = self.batch if callable(loss) else None
         self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
         self._step.hold()
@@ -102,17 +104,23 @@ class Micro:
         if loop.state.ranks.together:  # around all of the body, since a forward of the user's own may stand in it
             self._reducing = reducing(loop.state.model, self._last, self._step.rehearsal)
             self._reducing.__enter__()
-            self._buffers = Buffers(loop) if self.stand_in else None
+            if self.stand_in:
+                self._before = Snapshot(loop.state, seeded=True)
+                self._before.take([])
         if loop.streams is not None:
             loop.streams.begin(loop.state.step + loop.state.skipped, self.number)
+        if loop.autocast is not None:
+            loop.open_autocast()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         step, self._open = self._step, False
+        if step.loop.autocast is not None:
+            step.loop.leave_autocast()
         if self._reducing is not None:
             self._reducing.__exit__(kind, error, trace)
-        if self._buffers is not None:
-            self._buffers.put_back()
+        if self._before is not None:
+            self._before.put_back_buffers()
         if error is None:
             if self.outputs is not None:
                 watched = bool(step.loop.hooks["on_micro_end"]) and not self.stand_in and step.back_to is None
@@ -209,10 +217,10 @@ class Step:
         weighed: list[tuple[Chunk, Any]] = []
         loop.state.micro_size = 0
         for part in parts:
-            weight = part.size if loop.weigh is None else weight_of(loop, part)
+            weight = weight_of(loop, part)
             if isinstance(weight, Tensor) or weight > 0:  # what weighs nothing takes no part: its mean loss is 0/0
                 weighed.append((part, weight))
-                loop.state.micro_size = max(loop.state.micro_size, part.size)
+                loop.state.micro_size = max(loop.state.micro_size, part.size or 0)
         if loop.weigh is not None:
             self.weight = sum(weight for _, weight in weighed)
         if len(weighed) == 1:

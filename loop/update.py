@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import traceback
 from typing import Any
 
@@ -13,10 +12,8 @@ from .redo import BeforeUpdate
 from .rng import Streams
 from .session import Session
 from .step import Step
-from .wants import decide, wants
+from .wants import decide
 from .wrapped import check_gradients
-
-log = logging.getLogger("hookloop")
 
 
 class Updates(Session):
@@ -42,7 +39,8 @@ class Updates(Session):
             if self.hooks["on_before_optimizer_step"]:
                 self._run("on_before_optimizer_step")
         if together:
-            self._more = any(row[0] for row in decide(state, "applies an update", reads and self._reads_on()))
+            more = reads and self._read_unless_leaving(self.feed.more, True)
+            self._more = any(row[0] for row in decide(state, "applies an update", more))
         if state._skip is None:
             state.apply_gradient_factors()
             for check in state.checks:
@@ -50,16 +48,6 @@ class Updates(Session):
         if (skipped := state._skip) is not None:
             state.drop_factors(ask=True)
         return skipped is None
-
-    def _reads_on(self) -> bool:
-        """Return whether this rank has data for another step."""
-        try:
-            return self.feed.more()
-        except Exception as error:
-            if not wants(self.state)["leave"]:
-                raise
-            log.warning("reading data failed while leaving: %r", error)  # the signal may have ended the loader's workers too
-            return True
 
     def _updated(self, step: Step) -> bool:
         """Run the optimizer's step; return whether it is done, or was put back to be repeated."""

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .redo import overlapping
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -29,10 +31,33 @@ def part(x: Any) -> Any:
     return x.detach().to_local() if hasattr(x, "to_local") else x.detach()
 
 
+def reshard(model: nn.Module) -> None:
+    """Have `fully_shard` let go of whole parameters, which it keeps where no backward followed a forward."""
+    fsdp: list[Any] = [module for module in model.modules() if hasattr(type(module), "set_requires_gradient_sync")]
+    for module in fsdp:
+        module.reshard()
+
+
 def wrapping(model: nn.Module) -> set[Any]:
     """Return what makes a model shared between ranks: DDP modules, and parameters that are sharded."""
+    reshard(model)
     found: set[Any] = {m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)}
     return found | {p for p in model.parameters() if hasattr(p, "device_mesh")}
+
+
+def check_mesh(model: nn.Module, world: int) -> None:
+    """Raise ValueError for a model that is averaged over other ranks than all, or that lies on the host between its forwards."""
+    ddp = {name: m for name, m in model.named_modules() if isinstance(m, nn.parallel.DistributedDataParallel)}
+    for name, module in ddp.items():
+        if (count := dist.get_world_size(module.process_group)) != world:
+            raise ValueError(f"{name or 'the model'} is averaged over a process group of {count} of the {world} ranks, and the "
+                             "weights of a step's samples are over all; leave process_group out")  # fmt: skip
+    parameters: list[tuple[str, Any]] = [*model.named_parameters()]
+    for name, p in parameters:
+        if hasattr(p, "device_mesh") and p.device_mesh.device_type != p.device.type:
+            raise ValueError(f"{name} lies on the {p.device.type} and is used on {p.device_mesh.device_type}, as "
+                             "fully_shard(offload_policy=CPUOffloadPolicy()) has it, which hookloop does not follow; leave "
+                             "offload_policy out")  # fmt: skip
 
 
 def frozen(model: Any) -> set[Any]:
@@ -48,6 +73,7 @@ def check_shared(state: State) -> None:
     wrapper: Any = state.model
     trained = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
     if state.ranks.sharded:
+        reshard(wrapper)
         apart, waited = [p for p in trained if not hasattr(p, "device_mesh")], set()
     else:
         inside = {*wrapper._module_parameters} - state.ranks.frozen
@@ -86,7 +112,10 @@ def each_alone(state: State) -> Iterator[None]:
     syncs = state.ranks.together and hasattr(model, "require_forward_param_sync")
     if syncs and model.broadcast_buffers:
         for buffer in (*model.module.buffers(), *(() if state.eval_model is None else state.eval_model.buffers())):
-            dist.broadcast(buffer, 0)
+            sent = buffer.contiguous()  # as nccl wants it
+            dist.broadcast(sent, 0)
+            if sent is not buffer and not overlapping(buffer):
+                buffer.copy_(sent)
     before = getattr(model, "require_forward_param_sync", None)
     if syncs:
         model.require_forward_param_sync = False
@@ -95,9 +124,8 @@ def each_alone(state: State) -> Iterator[None]:
     finally:
         if syncs:
             model.require_forward_param_sync = before
-        for module in model.modules() if state.ranks.sharded else ():
-            if hasattr(module, "reshard"):  # no backward follows that would do it
-                module.reshard()
+        if state.ranks.sharded:
+            reshard(model)
 
 
 def own_buffers(state: State) -> dict[str, Any]:

@@ -206,6 +206,11 @@ def child(pipe: Connection, worker: Any, args: Any, environment: dict[str, str],
     os._exit(0)  # a failed collective may leave threads that a plain exit would wait for
 
 
+def may_have_children() -> None:
+    """Let this rank's loaders start workers, which outlive it by moments where it is killed."""
+    mp.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+
+
 # --------------------------------------------------------------------------------------------------- models on several ranks
 
 

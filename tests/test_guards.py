@@ -33,11 +33,12 @@ from hookloop.callbacks import (
     NonFinite,
     Preemption,
     Progress,
+    Schedule,
     Seed,
     TensorBoard,
     WeightDecay,
 )
-from hookloop.loop import Callback, Loop
+from hookloop.loop import Callback, Loop, State
 from hookloop.loop.callback import HOOKS
 from hookloop.loop.store import list_checkpoints
 
@@ -889,3 +890,44 @@ def test_cb8_an_error_in_a_sampled_update_still_names_its_callback() -> None:
     with pytest.raises(BoomError) as caught:
         by_hand(loop, loss_fn, loader(80, 8), steps=120)
     assert notes(caught.value) == ["in Late.on_step_end at step 100"]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_end", "on_validation_end"])
+def test_what_has_happened_all_hear_of_also_where_one_fails(hook: str, first: bool) -> None:
+    """Entered again, the run ends as one in which nothing failed, wherever the callback that failed stands."""
+
+    class Fails(Callback):
+        def __init__(self, at: int) -> None:
+            self.at = at
+            setattr(self, hook, self.fail)
+
+        def fail(self, state: State) -> None:
+            if state.step == self.at:
+                self.at = -1
+                raise ConnectionError("the log's server is away")
+
+    class Counts(Callback):
+        def __init__(self) -> None:
+            self.heard = 0
+            setattr(self, hook, self.hear)
+
+        def hear(self, state: State) -> None:
+            self.heard += 1
+
+    def run(at: int) -> tuple[float, int, Any]:
+        model = net(noise=False)
+        optimizer = adamw(model)
+        steps = Schedule(lambda o, total: torch.optim.lr_scheduler.StepLR(o, 1, 0.9), on="epoch" if "epoch" in hook else "step")
+        counts = Counts()
+        watch: list[Callback] = [steps, counts]
+        loop = Loop(model, optimizer, [Seed(0), *([Fails(at), *watch] if first else [*watch, Fails(at)])])
+        if at >= 0:
+            with pytest.raises(ConnectionError, match="server is away"):
+                built_in(loop, loss_fn, loader(32), loader(8), epochs=3)
+        built_in(loop, loss_fn, loader(32), loader(8), epochs=3)
+        return optimizer.param_groups[0]["lr"], counts.heard, bits(loop)
+
+    whole, again = run(-1), run(8)
+    assert again[:2] == (whole[0], whole[1] + ("validation" in hook)), "a validation is done again, for all"
+    assert_same_bits(again[2], whole[2])

@@ -1183,3 +1183,19 @@ def test_the_verdict_is_the_devices_where_only_the_loss_lies_on_the_host() -> No
         held = [torch.ones(()), torch.ones(3, device="cuda"), torch.ones(3, device="cuda", dtype=torch.float16)]
         assert finite_numbers(held).device.type == "cuda"
         assert move([held[1]], torch.device("cpu"))[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
+def test_an_update_that_a_scaler_leaves_out_leaves_no_infinity_in_buffers(action: str, tmp_path: Path) -> None:
+    """Neither in what is validated nor in a checkpoint: the scaler's verdict comes before any of NonFinite's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    data = [(torch.randn(4, 4), torch.randn(4, 1)) for _ in range(4)]
+    data[-1][0][2, 1] = torch.inf
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.01), [NonFinite(action), Checkpoint(tmp_path)], scaler=scaler)
+    state = built_in(loop, lambda model, batch: (model(batch[0]) - batch[1]).square().mean(), data, data[:2], epochs=1)
+    assert (state.step, state.skipped) == (3, 1)
+    assert math.isfinite(state.metrics["val_loss"])
+    saved = torch.load(next(tmp_path.glob("step-*")) / "model.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved.values())

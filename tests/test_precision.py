@@ -146,6 +146,33 @@ def test_am6_what_is_no_type_and_no_function_is_an_error(autocast: Any) -> None:
         Loop(model, adamw(model), autocast=autocast)
 
 
+def test_autocast_is_around_a_forward_of_the_users_own_too() -> None:
+    """`micro.backward(loss_fn(model, micro.batch))` is `micro.backward(loss_fn)`, and backward runs outside of it."""
+    ends, seen = [], list[bool]()
+    for own in (False, True):
+        model = net()
+        optimizer = adamw(model)
+
+        def watched(model: nn.Module, batch: Any) -> Tensor:
+            loss = loss_fn(model, batch)["loss"]
+            loss.register_hook(lambda grad: seen.append(torch.is_autocast_enabled("cpu")))
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return loss
+
+        loop = Loop(model, optimizer, [Seed(2)], autocast=torch.bfloat16)
+        with loop:
+            for _ in loop.epochs(1):
+                for step in loop.steps(loader(16)):
+                    for micro in step:
+                        with micro:
+                            micro.backward(watched(model, micro.batch) if own else watched)
+                            assert not torch.is_autocast_enabled("cpu")
+                    loop.update()
+        ends.append(bits(loop))
+    assert seen == [True, False] * (len(seen) // 2)
+    assert_same_bits(*ends)
+
+
 def test_autocast_by_hand_is_built_in() -> None:
     model, found = net(), []
     for form in FORMS:

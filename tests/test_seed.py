@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from helpers import FORMS, Samples, adamw, assert_same_bits, bits, by_hand, load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hookloop.callbacks import ClipGradients, GradientAccumulation, Seed, Warmup
+from hookloop.callbacks import ClipGradients, GradientAccumulation, Seed, TensorBoard, Warmup
 from hookloop.loop import Callback, Loop, State, rng
 
 
@@ -440,3 +442,23 @@ def test_a_saved_state_gives_the_same_draws_as_tensors_and_as_the_lists_of_older
     state["python"][1], state["numpy"][1] = form(state["python"][1].tolist()), form(state["numpy"][1].tolist())
     rng.restore(state, torch.device("cpu"))
     assert draws() == expected
+
+
+@pytest.mark.parametrize("observes", [False, True])
+def test_around_a_loop_that_exists_nothing_is_drawn(observes: bool, tmp_path: Path) -> None:
+    """Without a callback that trains, the user's own stream of random numbers is as if no Loop were there."""
+    ends = []
+    for with_loop in (False, True):
+        model = net()
+        optimizer = adamw(model)
+        loop = Loop(model, optimizer, [TensorBoard(tmp_path)] if observes else []) if with_loop else None
+        torch.manual_seed(4)
+        with loop or contextlib.nullcontext():
+            for batch in loader(32):
+                optimizer.zero_grad()
+                loss = loss_fn(model, batch)["loss"]
+                loss.backward()
+                with loop.updating(loss=loss.detach()) if loop else contextlib.nullcontext():
+                    optimizer.step()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
