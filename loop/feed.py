@@ -14,7 +14,7 @@ from . import batch as batches
 from .checks import refuse
 from .chunk import Chunk, fresh, own, piece
 from .order import Order, dealt, length
-from .reading import STOPPED, died, explain, miscounted, shut_down, unsharded
+from .reading import STOPPED, died, explain, miscounted, reshaped, shut_down, unsharded
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
 from .shape import SAID, convertible, misfit, says_where, shape
@@ -125,13 +125,14 @@ class Feed:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
                 seeds_samples = seeds_samples or self.loader.num_workers > 0 or self.rereads
                 self.order.several = self.ranks > 1
-                self._source = self._reading(self.order.iterate, seed, epoch, rank, read, seeds_samples, self.begun)
+                given = seed, epoch, rank, read, seeds_samples, device, self.begun
+                self._source, self._ahead = self._reading(self.order.iterate, *given)
             else:
                 self._source = self._reading(iter, self.loader)
                 if not (goes_on and read):
                     seed_streams(derive(seed, "first", epoch, rank), generators(device))
                     self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
-        if self.order is None or not self.order.mapped:
+        if self.order is None or not self.order.skips:
             may_draw_here = self.order is None and not isinstance(self.loader, list | tuple)
             if seeds_samples and may_draw_here:
                 self._streams = generators(device)
@@ -196,11 +197,14 @@ class Feed:
             self.left, self.read, self.offset = Chunk(data, list(index) if known else None), self.read + 1, 0  # type: ignore[arg-type]
         elif self.left is None and not self.again and not self._ended:
             self._ended = True
+            drawn = self.order.total if self.order is not None and self.order.skips else None
             with dealt(None if self.order is None else self.order.dealer, self.begun):
                 text = None if self._lied else miscounted(self.loader, self.read)
             if text:
-                self._lied = True
                 log.warning("%s: what counts on it, as state.total_steps and schedules do, is off", text)
+            if other := None if self._lied else reshaped(self.loader, self.read, drawn):
+                log.warning(other)
+            self._lied = self._lied or bool(text or other)
         return self.left is not None or bool(self.again)
 
     def gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
@@ -280,7 +284,7 @@ class Feed:
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""
         (read, offset), left = self._before if self.again else (self.read, self.offset), self.left
-        again = bool(self.again) or (left is not None and self.rereads and self.order is not None and self.order.mapped)
+        again = bool(self.again) or (left is not None and self.rereads and self.order is not None and self.order.skips)
         kept = None if left is None or again else [batches.walk(left.data, own), left.index, left.size]
         if again or not plain(kept):
             read, kept = read - 1, None  # it is read again, and its used samples left out

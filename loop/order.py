@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from . import batch as batches
-from .rng import derive, isolated, mix, seed_streams
+from .rng import derive, generators, isolated, mix, seed_streams
 
 HEAD, ENOUGH = 64, 12  # batches that two epochs are compared by; so few samples a shuffle may well give alike twice
 
@@ -48,16 +48,23 @@ class Order:
         self.base: int | None = None
         self.dealer = dealer(loader) if mapped else None
         self.several = False  # ranks, each of which reads its part of an order
+        self.followed = False  # the loader's iterator asked us, and not another (batch) sampler
+        self.total: int | None = None  # batches drawn in an epoch, known once it has no more
+        self._late: tuple[int, torch.device] | None = None
         self._head: tuple[int, list[Any]] | None = None
 
-    def iterate(self, seed: int, epoch: int, rank: int, skip: int, seeds_samples: bool, begun: int = 0) -> Iterator[Any]:
+    def iterate(
+        self, seed: int, epoch: int, rank: int, skip: int, seeds_samples: bool, device: torch.device, begun: int = 0
+    ) -> tuple[Iterator[Any], list[Any]]:
         """Iterate the loader in the order of (seed, epoch) from the `skip`-th batch on; its own sampler stays its own.
 
-        `begun`: what other numbers of ranks used of the epoch, in samples, all ranks' together; the rest is dealt out anew.
+        Returns the iterator, and what was read of it already. `begun`: what other numbers of ranks used of the epoch, in
+        samples, all ranks' together; the rest is dealt out anew.
         """
         loader, self.seed, self.skip = self.loader, derive(seed, "order", epoch), skip if self.mapped else 0
-        self.epoch, self.begun = epoch, begun
-        self.base = derive(seed, "sample", epoch, rank, *([begun] if begun else [])) if seeds_samples else None
+        self.epoch, self.begun, self.followed, self.total, self._late = epoch, begun, False, None, None
+        base = derive(seed, "sample", epoch, rank, *([begun] if begun else []))
+        self.base = base if seeds_samples else None
         self.drawn.clear()
         for owner in self._owners():
             if hasattr(owner, "set_epoch"):
@@ -66,9 +73,32 @@ class Order:
             loader._iterator = None  # persistent workers keep the sampler that they were started with
         object.__setattr__(loader, self.slot, self)  # DataLoader refuses a plain assignment
         try:
-            return iter(loader)
+            source: Iterator[Any] = iter(loader)
+            if self.followed:
+                return source, []
+            # an `__iter__` of the loader's own that is a generator runs from the first batch on, and asks for indices then
+            self.base, self._late = base, (derive(seed, "first", epoch, rank), device)
+            source = self._alone(source, *self._late)
+            return source, list(itertools.islice(source, 1))
         finally:
             object.__setattr__(loader, self.slot, self.inner)
+
+    def _alone(self, source: Iterator[Any], key: int, device: torch.device) -> Iterator[Any]:
+        """Read each batch on streams seeded by its number: the first to be read is another one in a run that was resumed."""
+        number = 0
+        while True:
+            with isolated(device, mix(key, number)):
+                try:
+                    data = next(source)
+                except StopIteration:
+                    return
+            number = 1 + max(number, self.skip if self.followed else 0)
+            yield data
+
+    @property
+    def skips(self) -> bool:
+        """Whether what a run used already is left out without being read."""
+        return self.mapped and self.followed
 
     def close(self) -> None:
         """Let persistent workers that follow this order go."""
@@ -81,7 +111,19 @@ class Order:
     def __len__(self) -> int:
         return len(self.inner)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)  # a loader of the user's own may ask its (batch) sampler for more than indices
+
     def __iter__(self) -> Iterator[Any]:
+        self.followed = True
+        if self._late is not None:
+            key, device = self._late
+            seed_streams(mix(key, self.skip), generators(device))
+        return self._indices()
+
+    def _indices(self) -> Iterator[Any]:
         compared = self.several and self.mapped and not any(hasattr(x, "set_epoch") for x in samplers(self.inner))
         with isolated(torch.device("cpu"), self.seed), dealt(self.dealer, self.begun):
             for generator in own_generators(self._owners()):
@@ -90,10 +132,12 @@ class Order:
             first = list(itertools.islice(iterator, HEAD if compared else 1))
         if compared:
             self._compare(first)
+        number = self.skip - 1
         for number, drawn in itertools.islice(enumerate(itertools.chain(first, iterator)), self.skip, None):
             if self.mapped:
                 self.drawn.append(drawn)
             yield drawn if self.base is None else self._seeded(drawn, mix(self.base, number))
+        self.total = number + 1
 
     def _compare(self, first: list[Any]) -> None:
         """Refuse an order that is no plain one and the same in two epochs: nothing we seed reaches what drew it."""

@@ -88,6 +88,13 @@ def miscounted(loader: Any, gave: int) -> str | None:
     return None if said in (None, gave) else f"{type(loader).__name__} says that it gives {said} batches and gave {gave}"
 
 
+def reshaped(loader: Any, gave: int, drawn: int | None) -> str | None:
+    """Return a warning where a loader of the user's own gave more or fewer batches than its sampler drew in the epoch."""
+    return None if drawn in (None, gave) else (
+        f"{type(loader).__name__} gave {gave} batches where its sampler drew {drawn}, so that a run resumed inside an epoch would "
+        "repeat samples or miss some; leave batches out, or cut them, in the data set or the sampler")  # fmt: skip
+
+
 def unsharded(loader: Any, first: Any, second: Any) -> str | None:
     """Return a warning where two workers of an iterable data set gave the same first batch."""
     if not (isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1):

@@ -288,6 +288,104 @@ def test_rs3_a_plain_iterable_is_read_forward(tmp_path: Path, caplog: pytest.Log
     assert record.message.startswith("Bare can't be told where to go on, so its first 3 batches are read again and left out")
 
 
+class Shifted(DataLoader):
+    """One whose `__iter__` is a generator, and which draws for each batch."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        scale = torch.rand(())
+        for x, y, i in super().__iter__():
+            yield x * scale + torch.rand(()) + random.random(), y, i
+
+
+class Repeat:
+    """A batch sampler without an end."""
+
+    def __init__(self, inner: Any) -> None:
+        self.sampler = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from self.sampler
+
+
+class Infinite(DataLoader):
+    """YOLOv5's loader, with one iterator for all epochs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        object.__setattr__(self, "batch_sampler", Repeat(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler.sampler)  # type: ignore[union-attr]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for _ in range(len(self)):
+            yield next(self.iterator)
+
+
+@pytest.mark.parametrize("seed", [5, None])
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
+def test_rs3_a_loader_whose_iter_is_a_generator(workers: dict[str, Any], seed: int | None, tmp_path: Path) -> None:
+    """What it draws itself hangs on the batch too; what was used is not read again."""
+
+    def run(kill: int | None, folder: Path | None = tmp_path) -> tuple[Loop, list[int], dict[int, list[int]]]:
+        torch.manual_seed(1)
+        train, log = Shifted(Augmented(40), 8, shuffle=True, **workers), Log()
+        loop = make(folder, log, kill=kill, seed=seed)
+        with contextlib.suppress(Killed):
+            built_in(loop, loss_fn, train, epochs=2)
+        return loop, train.dataset.read, log.samples
+
+    expected, _, samples = run(None, None)
+    run(4), run(8)
+    loop, read, rest = run(None)
+    assert_same_bits(bits(expected), bits(loop))
+    assert rest == {step: samples[step] for step in range(7, 10)}
+    assert all(sorted(i for n in range(5) for i in samples[epoch + n]) == list(range(40)) for epoch in (0, 5))
+    assert workers or read == [i for rows in rest.values() for i in rows]
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_rs3_a_loader_with_an_iterator_of_its_own(seed: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its order is not ours: it is read forward, which is said, and each sample comes once."""
+
+    def run(kill: int | None, folder: Path | None = tmp_path) -> tuple[Loop, dict[int, list[int]]]:
+        torch.manual_seed(1)
+        loop = make(folder, log := Log(), kill=kill, seed=seed)
+        with contextlib.suppress(Killed):
+            built_in(loop, loss_fn, Infinite(Augmented(40), 8, shuffle=True), epochs=2)
+        return loop, log.samples
+
+    expected, samples = run(None, None)
+    run(4), run(8)
+    caplog.clear()
+    loop, rest = run(None)
+    assert_same_bits(bits(expected), bits(loop))
+    assert rest == {step: samples[step] for step in range(7, 10)}
+    assert all(sorted(i for n in range(5) for i in samples[epoch + n]) == list(range(40)) for epoch in (0, 5))
+    assert [r.message[:77] for r in caplog.records if "fresh" not in r.message] == [
+        "Infinite can't be told where to go on, so its first 2 batches are read again "
+    ]
+
+
+class Halves(DataLoader):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            yield tuple(x[:4] for x in batch)
+            yield tuple(x[4:] for x in batch)
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+
+def test_rs3_a_loader_that_gives_other_batches_than_its_sampler_drew(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hookloop"):
+        built_in(make(None), loss_fn, Halves(Augmented(40), 8, shuffle=True), epochs=2)
+    (record,) = caplog.records
+    assert record.message.startswith("Halves gave 10 batches where its sampler drew 5, so that a run resumed inside an epoch")
+
+
 class Shards(IterableDataset):
     """64 samples, to each worker its part, augmented."""
 
