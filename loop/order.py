@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from . import batch as batches
-from .rng import derive, generators, isolated, mix, seed_streams
+from .rng import derive, drawing, generators, isolated, mix, seed_streams, snapshot
 
 HEAD, ENOUGH = 64, 12  # batches that two epochs are compared by; so few samples a shuffle may well give alike twice
 
@@ -130,10 +130,13 @@ class Order:
                 generator.manual_seed(self.seed)
             iterator = iter(self.inner)
             first = list(itertools.islice(iterator, HEAD if compared else 1))
+            deque(itertools.islice(iterator, max(0, self.skip - len(first))), 0)  # here, where skipped ones draw what they drew
+            if self.mapped and not draws_at_once(self.inner):
+                iterator = drawing(iterator, snapshot(torch.device("cpu")))
         if compared:
             self._compare(first)
         number = self.skip - 1
-        for number, drawn in itertools.islice(enumerate(itertools.chain(first, iterator)), self.skip, None):
+        for number, drawn in enumerate(itertools.chain(first[self.skip :], iterator), self.skip):
             if self.mapped:
                 self.drawn.append(drawn)
             yield drawn if self.base is None else self._seeded(drawn, mix(self.base, number))
@@ -159,6 +162,16 @@ class Order:
 def samplers(inner: Any) -> list[Any]:
     """Return a (batch) sampler, and the one inside it."""
     return [x for x in (inner, getattr(inner, "sampler", None)) if x is not None]
+
+
+def draws_at_once(sampler: Any) -> bool:
+    """Tell whether a (batch) sampler draws all from the global generators when its first indices are asked for, as torch's do."""
+    method = getattr(type(sampler), "__iter__", None)
+    if method is None or isinstance(sampler, Iterator):
+        return False
+    made = (getattr(method, "__module__", None) or "builtins").split(".")[0]  # a list's or a range's own
+    inner = getattr(sampler, "sampler", None)
+    return made in ("torch", "torchdata", "builtins") and (inner is None or draws_at_once(inner))
 
 
 def ascending(indices: list[Any]) -> bool:

@@ -141,3 +141,17 @@ def isolated(device: torch.device, seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         restore(before, device)
+
+
+def drawing(source: Iterator[Any], stream: dict[str, Any]) -> Iterator[Any]:
+    """Yield what an iterator gives, which draws on the host, and goes on from this snapshot as if no one else drew."""
+    host = torch.device("cpu")
+    while True:
+        with isolated(host):
+            restore(stream, host)
+            try:
+                found = next(source)
+            except StopIteration:
+                return
+            stream = snapshot(host)
+        yield found

@@ -386,6 +386,50 @@ def test_rs3_a_loader_that_gives_other_batches_than_its_sampler_drew(caplog: pyt
     assert record.message.startswith("Halves gave 10 batches where its sampler drew 5, so that a run resumed inside an epoch")
 
 
+class Lazy(Sampler[int]):
+    """A sampler that draws as it goes."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, 40, 4):
+            part = (start + torch.randperm(4)).tolist()
+            random.shuffle(part)
+            yield from (part if np.random.rand() < 0.5 else part[::-1])
+
+
+@pytest.mark.parametrize("seed", [5, None])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rs3_a_sampler_that_draws_as_it_goes(workers: int, seed: int | None, tmp_path: Path) -> None:
+    def run(kill: int | None, folder: Path | None = tmp_path) -> tuple[Loop, dict[int, list[int]]]:
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        loop = make(folder, log := Log(), kill=kill, seed=seed)
+        with contextlib.suppress(Killed):
+            built_in(loop, loss_fn, DataLoader(Augmented(40), 8, sampler=Lazy(), num_workers=workers), epochs=2)
+        return loop, log.samples
+
+    expected, samples = run(None, None)
+    run(3), run(9)
+    loop, rest = run(None)
+    assert_same_bits(bits(expected), bits(loop))
+    assert rest == {step: samples[step] for step in (8, 9)}
+
+
+def test_rs4_another_loader_batch_beside_a_sampler_that_draws_as_it_goes(tmp_path: Path) -> None:
+    """What it gives hangs on no batch, so the updates are made of the same samples."""
+
+    def run(size: int, kill: int | None, folder: Path | None = tmp_path) -> dict[int, list[int]]:
+        loop = make(folder, DynamicBatchSize(8, 8), log := Log(), kill=kill)
+        with contextlib.suppress(Killed):
+            built_in(loop, loss_fn, DataLoader(Samples(40), size, sampler=Lazy()), epochs=2)
+        return log.samples
+
+    expected = run(8, None, None)
+    run(8, 4)
+    assert run(5, None) == {step: expected[step] for step in range(3, 10)}
+
+
 class Shards(IterableDataset):
     """64 samples, to each worker its part, augmented."""
 

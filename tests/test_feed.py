@@ -123,6 +123,26 @@ class FromPython(Shuffled):
         return iter([order[i : i + self.size] for i in range(0, self.count, self.size)])
 
 
+class Buckets(Shuffled):
+    """One that draws each bucket's order when the bucket comes, from every generator."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for bucket in torch.arange(self.count).split(2 * self.size):
+            mine = bucket[torch.randperm(len(bucket))].tolist()
+            random.shuffle(mine)
+            np.random.shuffle(mine)
+            yield from (mine[i : i + self.size] for i in range(0, len(mine), self.size))
+
+
+class Lazy(RandomSampler):
+    """One of torch's, which goes on in a way of its own."""
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(len(self)))
+        while left:
+            yield left.pop(int(torch.randint(len(left), ())))
+
+
 class ByEpoch(torch.utils.data.Sampler[int]):
     """A sampler that is told the epoch."""
 
@@ -187,6 +207,8 @@ ONE_PASS: dict[str, Callable[[], DataLoader]] = {
     ),
     "custom batch sampler": lambda: DataLoader(data, batch_sampler=Shuffled(21, 4)),
     "python's generators": lambda: DataLoader(data, batch_sampler=FromPython(21, 4)),
+    "buckets": lambda: DataLoader(data, batch_sampler=Buckets(21, 4)),
+    "drawn one by one": lambda: DataLoader(data, 4, sampler=Lazy(data)),
     "set_epoch": lambda: DataLoader(data, 4, sampler=ByEpoch(21)),
     "distributed": lambda: DataLoader(data, 4, sampler=DistributedSampler(data, num_replicas=1, rank=0, seed=3)),
     "subclass": lambda: Generated(data, 4, shuffle=True),
@@ -311,6 +333,30 @@ def test_workers_change_neither_order_nor_index(workers: Any, kind: Any) -> None
 def test_index_is_none_where_workers_answer_in_any_order() -> None:
     train = DataLoader(data, 4, shuffle=True, num_workers=2, in_order=False)
     assert sorted(read(train, 1, known=False)[0]) == list(range(21))
+
+
+class Draws(Callback):
+    def on_step_start(self, state: Any) -> None:
+        disturb()
+
+    on_step_end = on_epoch_start = on_step_start
+
+
+@pytest.mark.parametrize("kind", ["buckets", "drawn one by one"])
+@pytest.mark.parametrize("seed", [5, None])
+def test_a_sampler_that_draws_as_it_goes(kind: str, seed: int | None) -> None:
+    """Its order is that of any number of workers, whoever else draws, and training draws what it does beside fixed batches."""
+
+    def run(workers: int = 0, extra: Any = (), drawn: Any = None) -> tuple[Any, Any]:
+        model, seen, first = net(seed=5), Seen(), [] if seed is None else [Seed(seed)]  # net seeds torch's generator
+        batches = ONE_PASS[kind]().batch_sampler if drawn is None else drawn
+        loop = Loop(model, adamw(model), [*first, *extra, seen])
+        built_in(loop, noiseless, DataLoader(data, batch_sampler=batches, num_workers=workers), epochs=1)
+        return seen.epochs, bits(loop)
+
+    order, weights = run()
+    assert run(1)[0] == run(0, [Draws()])[0] == order
+    assert_same_bits(run(drawn=order[0])[1], weights)
 
 
 # The loader is the user's
