@@ -143,10 +143,13 @@ class Dispatch:
                 if hook not in AFTER:
                     raise
                 first.append(error)
-        for other in first[1:]:
-            say(first[0], f"then, in the same hook: {type(other).__name__}: {other}")
         if first:
-            raise first[0]
+            for other in first[1:]:
+                say(first[0], f"then, in the same hook: {type(other).__name__}: {other}")
+            try:
+                raise first[0]
+            finally:
+                first.clear()  # its traceback holds this frame: a cycle would keep the Loop, and its workers
         return answers
 
     def _plan(self) -> None:
