@@ -1,12 +1,10 @@
 """MicroBatch: how many samples go through the model at once."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
 from ..loop.callback import Callback
-from ..loop.checks import among, say, share, whole
+from ..loop.checks import among, say, share
 from ..loop.memory import memory_of, out_of_memory, too_small
 from ..loop.sizes import Sizes
 from ..loop.state import State
@@ -38,7 +36,6 @@ class MicroBatch(Callback):
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ValueError(f"size must be a whole number of samples, at least 1, or 'auto', not {size!r}")
         share("headroom", headroom)
-        whole("multiple_of", multiple_of, 1, none=False)
         among("target", target, ("throughput", "memory"))
         among("on_step_oom", on_step_oom, ("raise", "rollback"))
         if size != "auto" and (headroom, multiple_of, target, memory) != (0.9, 16, "throughput", None):
@@ -47,20 +44,21 @@ class MicroBatch(Callback):
         self.train = self.evaluation = None if isinstance(size, str) else size
         self.sizes, self.settled = Sizes(multiple_of, target == "throughput"), False
         self._base, self._undone, self._tried = 0, 0, list[int]()
-        if self.auto or on_step_oom == "rollback":  # an instance's hooks: a fixed size needs none, nor keeps what a redo needs
-            vars(self).update(on_step_start=self._look, on_before_optimizer_step=self._learn, on_exception=self._again)
+        if not self.auto and on_step_oom == "raise":  # a fixed size looks at nothing, nor keeps what a redo needs
+            self.idle_hooks = (MicroBatch.on_step_start, MicroBatch.on_before_optimizer_step, MicroBatch.on_exception)
 
     def on_setup(self, state: State) -> None:
         """Set the sizes, find what measures."""
         self.memory = self.memory or (memory_of(state.device) if self.auto else None)
         state.keep_before_update = self.on_step_oom == "rollback"
-        self.on_fit_start(state)
+        MicroBatch.on_fit_start(self, state)
 
     def on_fit_start(self, state: State) -> None:
         """Set the sizes, which may be restored ones."""
         state.micro_batch_size, state.eval_micro_batch_size = self.train, self.evaluation
 
-    def _look(self, state: State) -> None:
+    def on_step_start(self, state: State) -> None:
+        """Go to another size, where the updates before tell one."""
         memory, timed, self._undone = self.memory, self._timed, 0
         if memory is None:
             return
@@ -74,11 +72,12 @@ class MicroBatch(Callback):
         self.train = state.ranks.smallest(size)
         if self.train != now:
             log.info("step %d: micro-batches of %d samples, after %s", state.step, self.train, now)
-            self.on_fit_start(state)
+            MicroBatch.on_fit_start(self, state)
         memory.reset()
         self._open = memory.retries(), self.sizes.throughput and memory.mark(), state.runner.written
 
-    def _learn(self, state: State) -> None:
+    def on_before_optimizer_step(self, state: State) -> None:
+        """Take in what the micro-batches took."""
         memory, opened, self._open = self.memory, self._open, None
         if opened is not None and state.micro_size:  # else this rank only took part in what others trained
             if memory.retries() > opened[0]:  # it fitted in pieces only
@@ -88,7 +87,8 @@ class MicroBatch(Callback):
             if self.sizes.throughput:
                 self._timed = state.micro_size, state.update_size, opened[1], memory.mark()
 
-    def _again(self, state: State) -> bool:
+    def on_exception(self, state: State) -> bool:
+        """Have a step that ran out of memory redone in halves, or the update repeated."""
         micro, error = state.micro, state.exception
         if error is None or not out_of_memory(error):
             return False
@@ -106,7 +106,7 @@ class MicroBatch(Callback):
         else:
             self.sizes.fail(micro.size, self.memory.capacity() - self._base if self.memory else 0)
             self.train, self._open, self.settled = half, None, False
-        self.on_fit_start(state)
+        MicroBatch.on_fit_start(self, state)
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,8 +25,7 @@ class NonFinite(Callback):
     either raises. Both read a verdict an update, which with a fused optimizer waits for no more than the gradients.
     """
 
-    beside = ("kept",)
-    optional = ("on_micro_end",)
+    beside, optional = ("kept",), ("on_micro_end",)
 
     def __init__(self, action: str = "stop", patience: int = 10, *, every: int = 100, factor: float = 0.5) -> None:
         among("action", action, ("stop", "skip", "rollback"))
@@ -39,8 +38,6 @@ class NonFinite(Callback):
         self._loss: Tensor | None = None
         self._buffers: set[str] | None = None
         self._state: State | None = None
-        if self._kept is not None:
-            vars(self).update(on_fit_start=self._kept.begin)
 
     def on_setup(self, state: State) -> None:
         """Have gradients checked when they are as the optimizer gets them, and all kept from before a step's first forward."""
@@ -48,6 +45,11 @@ class NonFinite(Callback):
         state.before.append(self._before)
         state.keep_buffers |= self.action == "skip" or state.scaler is not None  # which skips by itself
         self._state = state
+
+    def on_fit_start(self, state: State) -> None:
+        """Keep anew what to go back to, which may have changed between two runs."""
+        if self._kept is not None:
+            self._kept.begin(state)
 
     def _before(self, state: State) -> None:
         self._state, self._loss, self._buffers = state, None, statistics(state) if self._buffers is None else self._buffers
@@ -80,17 +82,15 @@ class NonFinite(Callback):
     def _read(self, state: State, all: bool = True) -> str | None:
         for (step, owners), found in self._host.take(all):
             flags: Any = found["good"]
-            if False not in flags:
-                self.row = 0
+            self.row = self.row + 1 if False in flags else 0
+            if not self.row:
                 continue
-            self.row += 1
             bad = [name for name, good in zip(names(state, owners), flags, strict=True) if not good]
             bad = spoilt(state) + bad if state.step == step else bad + spoilt(state)  # the cause, where this update isn't
             text = f"not finite in update {step + 1}: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
-            if self.action == "stop":
-                raise FloatingPointError(text)
-            if self.row >= self.patience:
-                raise FloatingPointError(f"{text} ({self.row} bad updates in a row: patience={self.patience})")
+            if self.action == "stop" or self.row >= self.patience:
+                rows = f" ({self.row} bad updates in a row: patience={self.patience})"
+                raise FloatingPointError(text if self.action == "stop" else text + rows)
             if self._kept is not None and self._kept.data is not None:
                 put_back(state, self._kept.data)
                 self.scale *= self.factor

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..loop.callback import Callback
 from ..loop.goal import Goal
 from ..loop.groups import put
-from ..loop.schedulers import check_follows, check_length, check_same, rates, settings
+from ..loop.schedulers import check_follows, check_kind, check_length, check_same, rates, settings, told
 from ..loop.state import State
 from ..loop.store import reduced
 from .schedules import named
@@ -42,38 +42,18 @@ class Schedule(Callback):
             raise ValueError("on must be 'step', 'epoch', a metric's name, or a Goal of metric and mode alone (the "
                              f"patience is ReduceLROnPlateau's), not {on!r}")  # fmt: skip
         self.on = on if on in ("step", "epoch") else Goal.of(on)
-        # the one hook that `on` asks for, so that the others cost nothing and are not missed
-        setattr(self, {"step": "on_step_end", "epoch": "on_epoch_end"}.get(str(on), "on_validation_end"), self._step)
+        hooks = {Schedule.on_step_end: "step", Schedule.on_epoch_end: "epoch", Schedule.on_validation_end: "metric"}
+        used = "metric" if isinstance(self.on, Goal) else self.on
+        self.idle_hooks = tuple([hook for hook, when in hooks.items() if when != used])
         self._function: Any = named(scheduler, self.on, options) if by_name else None if built else scheduler
-        self.scheduler: Any = self._checked(scheduler) if built else None
+        self.scheduler: Any = check_kind(scheduler, self.on) if built else None
         self._settings = settings(self.scheduler) if built else {}
         self._saved, self._first, self._since = dict[str, Any](), dict[Tensor, Any](), 0  # the update that it was built before
         self._length: int | None = 0  # that it was built for
 
-    def _checked(self, scheduler: Any, optimizer: Optimizer | None = None) -> Any:
-        kind, mode = type(scheduler).__name__, getattr(self.on, "mode", None)
-        if optimizer is not None and getattr(scheduler, "optimizer", None) is not optimizer:
-            raise ValueError(f"scheduler gives a {kind} of another optimizer; build it on the Loop's own")
-        if mode != (scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else None):
-            raise ValueError(f"on={self.on!r} doesn't fit {kind}: ReduceLROnPlateau takes a metric's name or Goal, of "
-                             "the same mode as its own, and every other scheduler 'step' or 'epoch'")  # fmt: skip
-        return scheduler
-
-    def _told(self, act: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return act(*args)
-        except (TypeError, ValueError) as error:
-            if self._length is not None:
-                raise
-            raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not known: if it "
-                             "needs it, give steps= to fit or epochs") from error  # fmt: skip
-
-    def _step(self, state: State) -> None:
-        self._told(self.scheduler.step, *([self.on.read(state, "Schedule")] if isinstance(self.on, Goal) else []))
-
     def on_setup(self, state: State) -> None:
         """Keep the rates from before a restore, to build the scheduler on."""
-        _ = self.scheduler is None or self._checked(self.scheduler, state.optimizer)
+        _ = self.scheduler is None or check_kind(self.scheduler, self.on, state.optimizer)
         self._first = rates(state.optimizer)
         state.accepts = [*state.accepts, lambda new: check_follows(self._function, new, state)]
         state.exchanged = [*state.exchanged, self._anew]
@@ -94,11 +74,26 @@ class Schedule(Callback):
         restored = [reduced({k: v for k, v in g.items() if k != "params"}) for g in groups] if self._saved else []
         for group in groups[: len(restored)]:  # building starts a schedule at the rates there are, and sets them
             put(group, {"lr": (self._first | state.layer_rates).get(group["params"][0], group["lr"])})
-        self.scheduler = self._checked(self._told(self._function, state.optimizer, left), state.optimizer)
+        self.scheduler = check_kind(told(self._length, self._function, state.optimizer, left), self.on, state.optimizer)
         self._settings = settings(self.scheduler)
         self.load_state_dict(self._saved)
         for group, kept in zip(groups, restored, strict=False):
             put(group, kept)
+
+    def on_step_end(self, state: State) -> None:
+        """Step the scheduler, where it goes by updates."""
+        if self.on == "step":
+            told(self._length, self.scheduler.step)
+
+    def on_validation_end(self, state: State) -> None:
+        """Step it, where it goes by a metric."""
+        if isinstance(self.on, Goal):
+            told(self._length, self.scheduler.step, self.on.read(state, "Schedule"))
+
+    def on_epoch_end(self, state: State) -> None:
+        """Step it, where it goes by epochs."""
+        if self.on == "epoch":
+            told(self._length, self.scheduler.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state, as far as it is plain data."""

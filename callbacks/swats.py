@@ -56,8 +56,6 @@ class ProjectedRate:
     (Keskar and Socher 2017, https://arxiv.org/abs/1712.07628, algorithm 1)
     """
 
-    key = "SwitchOptimizer"  # whose hooks these are
-
     def __init__(self, tolerance: float, every: int) -> None:
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance must be finite and above 0, a difference of rates, not {tolerance!r}")

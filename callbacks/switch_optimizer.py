@@ -1,16 +1,13 @@
 """SwitchOptimizer: another optimizer takes over in the middle of a run."""
 
-from __future__ import annotations
-
 import logging
-import math
 from typing import Any
 
 from torch.optim import Optimizer
 
 from ..loop.callback import Callback
 from ..loop.checks import whole
-from ..loop.exchange import Build, exchange, successor
+from ..loop.exchange import Build, check_given, check_unscheduled, exchange, successor
 from ..loop.goal import Goal, Tracker
 from ..loop.schedulers import rates
 from ..loop.state import State
@@ -39,16 +36,11 @@ class SwitchOptimizer(Callback):
 
     def __init__(self, to: Build, at: int | Epochs | str | Goal | None = None, rate: float | str | None = None, *,
                  tolerance: float = 1e-9, every: int = 10) -> None:  # fmt: skip
-        if isinstance(to, Optimizer | type) or not callable(to):
-            raise TypeError(f"to must be a function such as lambda groups: SGD(groups, lr=0.1, momentum=0.9), not {to!r:.60}")
+        check_given(to, rate, waits=at is None)
         if not isinstance(at, Epochs | str | Goal):
             whole("at", at, 1)
         elif isinstance(at, Epochs) and not isinstance(at.every, int):
             raise ValueError(f"at must be one position, such as {type(at).__name__}(3), not the table {at.every!r}")
-        if not (rate in (None, "swats") or (isinstance(rate, int | float) and rate is not True and 0 < rate < math.inf)):
-            raise ValueError(f"rate must be finite and above 0, 'swats', or None for the rate that to gives, not {rate!r}")
-        if at is None and rate != "swats":
-            raise ValueError("at=None waits for the projected rate to settle, so it goes with rate='swats'; else say at=")
         self.to, self.at, self.rate = to, Steps(at) if isinstance(at, int) else at, rate
         self.tracker = Tracker(Goal.of(at)) if isinstance(at, str | Goal) else None
         self.projected = ProjectedRate(tolerance, every) if rate == "swats" else None
@@ -56,16 +48,13 @@ class SwitchOptimizer(Callback):
         self._state: State | None = None
         self._rates: dict[Any, Any] = {}  # as the program gave them
         self._first: Optimizer | None = None  # to go back to, until a restore is done
-        if self.tracker is not None:
-            vars(self).update(watches=(self.tracker.goal.metric,), on_validation_end=self._report)
-        if self.projected is not None:
-            vars(self).update(on_before_optimizer_step=self.projected.keep, on_step_end=self.projected.measure)
+        self.watches = () if self.tracker is None else (self.tracker.goal.metric,)
+        self.idle_hooks = () if self.tracker else (SwitchOptimizer.on_validation_end,)
+        self.idle_hooks += () if self.projected else (SwitchOptimizer.on_before_optimizer_step, SwitchOptimizer.on_step_end)
 
     def on_setup(self, state: State) -> None:
         """Refuse a scheduler of the first optimizer, which would go on to schedule nothing."""
-        if getattr(state.optimizer.step, "_wrapped_by_lr_sched", False):
-            raise ValueError("a scheduler was built on the optimizer that SwitchOptimizer replaces, and would not follow; give "
-                             "a function instead: Schedule(lambda optimizer, total_steps: ...)")  # fmt: skip
+        check_unscheduled(state.optimizer)
         self._state, self._rates = state, rates(state.optimizer)
 
     def on_fit_start(self, state: State) -> None:
@@ -77,7 +66,18 @@ class SwitchOptimizer(Callback):
     def _successor(self, state: State, projected: float) -> Optimizer:
         return successor(state, self.to, sgd_rate(projected) if isinstance(self.rate, str) else self.rate, self._rates)
 
-    def _report(self, state: State) -> None:
+    def on_before_optimizer_step(self, state: State) -> None:
+        """Have the weights at hand that the rate is projected from."""
+        if self.projected is not None:
+            self.projected.keep(state)
+
+    def on_step_end(self, state: State) -> None:
+        """Project the step taken."""
+        if self.projected is not None:
+            self.projected.measure(state)
+
+    def on_validation_end(self, state: State) -> None:
+        """Take the report in."""
         if self.tracker is not None and not self.switched:
             self.tracker.update(self.tracker.goal.read(state, "SwitchOptimizer"))
 

@@ -22,6 +22,8 @@ class Callback:
     and decays, so that `study.preview` may run them without data. `key`: its name in checkpoints. `watches`: metrics that
     it can't do without. `beside`: entries of its state that seldom change, replaced when they do: each is written once, to
     a file beside the checkpoints that hold it. `of_rank`: of several ranks each saves a state of its own, not the first alone.
+    `idle_hooks`: methods of the class that this instance does without, so that it takes no part in these hooks and costs
+    nothing there; what a subclass overrides runs all the same.
     """
 
     owns: ClassVar[tuple[str, ...]] = ()
@@ -30,6 +32,7 @@ class Callback:
     planned: bool = False
     key: str = ""
     watches: tuple[str, ...] = ()
+    idle_hooks: tuple[Any, ...] = ()
     beside: ClassVar[tuple[str, ...]] = ()
     of_rank: ClassVar[bool] = False
     _loop: Any = None

@@ -39,9 +39,9 @@ STEP = ("on_step_start", "on_micro_end", "on_before_optimizer_step", "on_step_en
 
 
 def overridden(callback: Callback) -> set[str]:
-    """Return the hooks that this callback overrides, in its class or on the instance."""
-    methods = {hook: getattr(callback, hook) for hook in HOOKS}
-    return {hook for hook, method in methods.items() if getattr(method, "__func__", None) is not getattr(Callback, hook)}
+    """Return the hooks that this callback overrides, in its class or on the instance, and does not leave idle."""
+    functions = {hook: getattr(getattr(callback, hook), "__func__", None) for hook in HOOKS}
+    return {hook for hook, function in functions.items() if function not in (getattr(Callback, hook), *callback.idle_hooks)}
 
 
 def check(callbacks: Iterable[Callback]) -> None:

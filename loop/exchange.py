@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
     from .session import Session
 
 Build = Callable[[list[Group]], Optimizer]
+
+
+def check_given(build: Any, rate: Any, waits: bool) -> None:
+    """Refuse, at construction, what builds no optimizer, or can't be its rate, or one to wait for."""
+    if isinstance(build, Optimizer | type) or not callable(build):
+        raise TypeError(f"to must be a function such as lambda groups: SGD(groups, lr=0.1, momentum=0.9), not {build!r:.60}")
+    if not (rate in (None, "swats") or (isinstance(rate, int | float) and rate is not True and 0 < rate < math.inf)):
+        raise ValueError(f"rate must be finite and above 0, 'swats', or None for the rate that to gives, not {rate!r}")
+    if waits and rate != "swats":
+        raise ValueError("at=None waits for the projected rate to settle, so it goes with rate='swats'; else say at=")
+
+
+def check_unscheduled(optimizer: Optimizer) -> None:
+    """Refuse a scheduler of the first optimizer, which would go on to schedule nothing."""
+    if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
+        raise ValueError("a scheduler was built on the optimizer that SwitchOptimizer replaces, and would not follow; give "
+                         "a function instead: Schedule(lambda optimizer, total_steps: ...)")  # fmt: skip
 
 
 def successor(state: State, build: Build, rate: float | Callable[[Group], float] | None = None,

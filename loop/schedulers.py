@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .checks import say
 from .store import reduced
@@ -70,6 +71,28 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> tuple[list[str],
     differ = [name for name in here if name in there and here[name] != there[name]]
     text = {name: f"{name} {there[name]!r} (not {here[name]!r})" for name in differ}
     return ([text[n] for n in differ if not isinstance(here[n], list)], [text[n] for n in differ if isinstance(here[n], list)])
+
+
+def check_kind(scheduler: Any, on: Any, optimizer: Optimizer | None = None) -> Any:
+    """Return the scheduler; raises ValueError for one of another optimizer, or that is not stepped `on` this."""
+    kind, mode = type(scheduler).__name__, getattr(on, "mode", None)
+    if optimizer is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise ValueError(f"scheduler gives a {kind} of another optimizer; build it on the Loop's own")
+    if mode != (scheduler.mode if isinstance(scheduler, ReduceLROnPlateau) else None):
+        raise ValueError(f"on={on!r} doesn't fit {kind}: ReduceLROnPlateau takes a metric's name or Goal, of "
+                         "the same mode as its own, and every other scheduler 'step' or 'epoch'")  # fmt: skip
+    return scheduler
+
+
+def told(length: int | None, act: Callable[..., Any], *args: Any) -> Any:
+    """Return what it gives; an error says where the run's length, which the scheduler may need, was not known."""
+    try:
+        return act(*args)
+    except (TypeError, ValueError) as error:
+        if length is not None:
+            raise
+        raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not known: if it "
+                         "needs it, give steps= to fit or epochs") from error  # fmt: skip
 
 
 def check_same(kind: str, here: dict[str, Any], saved: dict[str, Any]) -> None:

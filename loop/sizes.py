@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from .checks import whole
+
 FIRST, SECOND = 2, 16  # the first sizes tried
 JUMP = 8  # the largest step beyond what was measured
 WORTH = 0.03  # a doubling that gains less is none
@@ -45,6 +47,7 @@ class Sizes:
     """What was measured at which size, and what follows from it; sizes in samples, memory in bytes."""
 
     def __init__(self, multiple_of: int = 16, throughput: bool = True) -> None:
+        whole("multiple_of", multiple_of, 1, none=False)
         self.multiple_of, self.throughput = multiple_of, throughput
         self.took: dict[int, list[float]] = {}  # beyond what lay there before the step; the last few of each size
         self.rates: dict[int, float] = {}  # the best samples/s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from hookloop.callbacks import (
     GradientAccumulation,
     Metrics,
     MicroBatch,
+    NonFinite,
     Schedule,
     Seed,
+    SwitchOptimizer,
 )
 from hookloop.loop import Callback, Goal, Loop, State
+from hookloop.loop.callback import HOOKS
+from hookloop.loop.dispatch import overridden
 from hookloop.loop.store import list_checkpoints
 
 
@@ -307,6 +312,75 @@ def test_updating_inside_steps_is_refused() -> None:
                     loop.state.optimizer.step()
                 loop.update()
     assert loop.state.step == 1
+
+
+def counted(kind: Any) -> Any:
+    """A subclass that overrides every hook, to count its runs, and leaves the rest to the class."""
+
+    def hook(name: str) -> Any:
+        def run(self: Any, state: State) -> Any:
+            self.ran[name] = self.ran.get(name, 0) + 1
+            return getattr(super(found, self), name)(state)
+
+        return run
+
+    found: Any = type("Counted", (kind,), {"ran": {}, **{name: hook(name) for name in HOOKS}})
+    return found
+
+
+HOLDERS: Any = {  # what leaves hooks idle, or did
+    "by step": (Schedule, ("cosine",), {}),
+    "by epoch": (Schedule, (lambda o, n: torch.optim.lr_scheduler.ExponentialLR(o, 0.5), "epoch"), {}),
+    "by metric": (Schedule, ("plateau", "val_loss"), {"patience": 0, "threshold": 9.0}),
+    "fixed": (MicroBatch, (3,), {}),
+    "auto": (MicroBatch, ("auto",), {}),
+    "repeated": (MicroBatch, (3,), {"on_step_oom": "rollback"}),
+    "stop": (NonFinite, (), {}),
+    "rollback": (NonFinite, ("rollback",), {"every": 2}),
+    "at a plateau": (SwitchOptimizer, (lambda groups: torch.optim.SGD(groups, lr=0.1), Goal("val_loss", "max", 1)), {}),
+    "projected": (SwitchOptimizer, (lambda groups: torch.optim.SGD(groups, lr=0.1), 6, "swats"), {}),
+    "grows": (DynamicBatchSize, (2, 8), {"every": Goal("val_loss", "max", 1)}),
+}
+
+
+@pytest.mark.parametrize("case", HOLDERS)
+def test_a_subclass_that_overrides_a_hook_is_run_and_may_leave_the_work_to_the_class(case: str) -> None:
+    kind, args, options = HOLDERS[case]
+    ends = []
+    for each in (kind, counted(kind)):
+        loop = make(callback := each(*args, **options))
+        loop.fit(loss_fn, loader(24, generator=torch.Generator().manual_seed(1)), loader(16, shuffle=False), epochs=4)
+        ends.append((bits(loop), loop.state.rates, loop.state.step))
+    assert_same_bits(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+    steps = dict.fromkeys(("on_step_start", "on_before_optimizer_step", "on_step_end"), loop.state.step)
+    expected = dict.fromkeys(("on_setup", "on_fit_start", "on_fit_end"), 1)
+    expected |= dict.fromkeys(("on_epoch_start", "on_epoch_end", "on_validation_end"), 4)
+    assert {hook: count for hook, count in callback.ran.items() if hook != "on_micro_end"} == expected | steps
+
+
+IDLE: Any = {
+    "by epoch": {"on_step_end", "on_validation_end"},
+    "fixed": {"on_step_start", "on_before_optimizer_step", "on_exception"},
+    "repeated": set(),
+    "at a plateau": {"on_before_optimizer_step", "on_step_end"},
+    "projected": {"on_validation_end"},
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_what_an_instance_does_without_it_takes_no_part_in_nor_does_a_copy(case: str) -> None:
+    kind, args, options = HOLDERS[case]
+    made = kind(*args, **options)
+    copies = [made, copy.copy(made), copy.deepcopy(made)]
+    if case == "fixed":  # the others hold a function without a name
+        copies.append(pickle.loads(pickle.dumps(made)))
+    own = {hook for hook in HOOKS if getattr(kind, hook) is not getattr(Callback, hook)}
+    for each in copies:
+        assert overridden(each) == own - IDLE[case]
+        loop = make(each)
+        assert {hook for hook in HOOKS if loop.hooks[hook]} == own - IDLE[case]
+    assert overridden(counted(kind)(*args, **options)) == set(HOOKS)
 
 
 def test_callbacks_can_be_copied() -> None:
