@@ -18,11 +18,11 @@ from ..loop.store import Named
 class EarlyStopping(Callback):
     """Stops training at the `patience`-th report in a row without an improvement of `metric` (0 acts as 1).
 
-    An improvement is larger than `min_delta` (with `relative`, than that share of the best value's size, so it works
-    for negative metrics too); only an improvement moves the best value. `min_epochs`: no stop before so many epochs,
-    but an improvement until then starts the count anew. `restore_best`: the model leaves training, by any way, with the
-    weights and buffers of its best report; entered again, it goes on from its last. `nan`: "stop" at a value that is
-    not finite, or "ignore" it as one that is no improvement. The reason is in `state.stop_reason`, the count in
+    An improvement is larger than `min_delta` (with `relative`, than that share of the best value's size, so it works for
+    negative metrics too); only an improvement moves the best value. `min_epochs`: no stop before so many epochs, but an
+    improvement until then starts the count anew. `restore_best`: the model leaves training, by any way, with the weights and
+    buffers of its best report (one callback in a list may do so); entered again, it goes on from its last. `nan`: "stop" at a
+    value that is not finite, or "ignore" it as one that is no improvement. The reason is in `state.stop_reason`, the count in
     `state.metrics["early_stopping"]`. Raises ValueError for bad settings, KeyError for a metric that was not reported.
     """
 
@@ -39,7 +39,7 @@ class EarlyStopping(Callback):
         if nan not in ("stop", "ignore"):
             raise ValueError(f"nan must be 'stop' or 'ignore', not {nan!r}")
         self.tracker, self.min_epochs, self.restore_best, self.nan = Tracker(goal), min_epochs, restore_best, nan
-        self.watches = (goal.metric,)
+        self.watches, self.owns = (goal.metric,), ("restored weights",) if restore_best else ()
         self.optional = () if min_epochs else ("on_epoch_end",)
         self._best: dict[str, Any] | None = None
         self._last: tuple[dict[str, Any], torch.nn.Module | None] | None = None  # of training, and what was validated

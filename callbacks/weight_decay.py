@@ -24,6 +24,8 @@ class WeightDecay(Callback):
     gradient. Raises TypeError or ValueError for bad settings and for rules that match or decide nothing.
     """
 
+    owns = ("weight decay of all groups",)
+
     def __init__(self, rules: Mapping[Rule, Decay] = {}, default: Decay = 0.01, exempt: bool = True) -> None:
         flag("exempt", exempt)
         check_rules(rules, "decays", "see default=")

@@ -15,18 +15,18 @@ HOOKS = ("on_setup", "on_fit_start", "on_epoch_start", "on_step_start", "on_exce
 class Callback:
     """Does one thing to training: override any hook; each takes the `State` and is named by what holds when it runs.
 
-    `owns`: the plan fields (`"batch_size"`, `"accumulate"`, `"micro_batch_size"`) that it alone decides. One that owns
-    `batch_size` or `accumulate` decides in `on_step_start` from `state.step`, `state.epoch` and settings alone, so that
-    `state.total_steps` is known in advance, or says `measured = True`. `optional`: hooks it can do without around a
-    loop of the user's own. `planned`: its hooks go by position and settings alone, and change nothing but the plan, rates
-    and decays, so that `study.preview` may run them without data. `key`: its name in checkpoints. `watches`: metrics that
-    it can't do without. `beside`: entries of its state that seldom change, replaced when they do: each is written once, to
-    a file beside the checkpoints that hold it. `of_rank`: of several ranks each saves a state of its own, not the first alone.
-    `idle_hooks`: methods of the class that this instance does without, so that it takes no part in these hooks and costs
-    nothing there; what a subclass overrides runs all the same.
+    `owns`: the plan fields (`"batch_size"`, `"accumulate"`, `"micro_batch_size"`) that it alone decides, or in words what
+    else only one callback may decide. One that owns `batch_size` or `accumulate` decides in `on_step_start` from
+    `state.step`, `state.epoch` and settings alone, so that `state.total_steps` is known in advance, or says `measured =
+    True`. `optional`: hooks it can do without around a loop of the user's own. `planned`: its hooks go by position and
+    settings alone, and change nothing but the plan, rates and decays, so that `study.preview` may run them without data.
+    `key`: its name in checkpoints. `watches`: metrics that it can't do without. `beside`: entries of its state that seldom
+    change, replaced when they do: each is written once, to a file beside the checkpoints that hold it. `of_rank`: of several
+    ranks each saves a state of its own, not the first alone. `idle_hooks`: methods of the class that this instance does
+    without, so that it takes no part in these hooks and costs nothing there; what a subclass overrides runs all the same.
     """
 
-    owns: ClassVar[tuple[str, ...]] = ()
+    owns: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     measured: bool = False
     planned: bool = False

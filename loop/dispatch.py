@@ -74,7 +74,7 @@ def check(callbacks: Iterable[Callback]) -> None:
         for setting in callback.owns:
             if setting in owners:
                 first = type(owners[setting]).__name__
-                raise ValueError(f"{first} and {name} both own state.{setting}; keep one of them")
+                raise ValueError(f"{first} and {name} both own {'state.' * (setting in OWNED)}{setting}; keep one of them")
             owners[setting] = callback
 
 

@@ -164,6 +164,14 @@ def test_a_stopped_run_stays_stopped_when_resumed(tmp_path: Path) -> None:
     assert first.stop_reason == second.stop_reason == "val_score did not improve in 1 reports (best 1)"
 
 
+def test_two_that_would_restore_their_own_best_weights_are_refused() -> None:
+    model = net()
+    first, second, third = (EarlyStopping(m, restore_best=r).named(m) for m, r in (("a", True), ("b", True), ("c", False)))
+    with pytest.raises(ValueError, match="EarlyStopping and EarlyStopping both own restored weights; keep one of them"):
+        Loop(model, adamw(model), [first, second])
+    Loop(model, adamw(model), [third, first])
+
+
 @pytest.mark.parametrize(("kwargs", "says"), [
     ({"metric": ""}, "metric must be"), ({"patience": -1}, "patience must be"), ({"patience": 1.5}, "patience must be"),
     ({"mode": "lower"}, "mode must be"), ({"min_delta": -1.0}, "min_delta must be"), ({"min_delta": NAN}, "min_delta must be"),

@@ -446,6 +446,12 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Any, at: int) -> None:
     assert resumed[1] == whole[1]
 
 
+def test_two_would_each_decide_all_groups_and_are_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="WeightDecay and WeightDecay both own weight decay of all groups"):
+        Loop(model, adamw(model), [WeightDecay(default=0.1), WeightDecay(default=0.5).named("second")])
+
+
 def test_table() -> None:
     decay = WeightDecay({"embed": 0.5})
     with pytest.raises(RuntimeError, match=r"WeightDecay.table\(\) runs after on_setup"):
