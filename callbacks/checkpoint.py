@@ -20,13 +20,13 @@ from ..loop.state import State
 class Checkpoint(Callback):
     """Saves everything that the run needs to continue to the same bits: `Loop(..., resume=folder)` does.
 
-    Written at each epoch's end, at the end of training, and every `every` updates or `timedelta`; once, whole or not at all,
-    after all hooks have run. The newest `keep` stay (None: all), and the best of `best` (a metric or `Goal` with its mode).
-    `background`: a step waits for the copy to host memory alone, and for a save still under way. `on_failure`: a failed save (a
-    full disk) leaves the older ones whole and is a warning ("warn") or ends the run with its OSError ("stop"). `model.pt` is
-    the plain state dict, which `torch.load` reads without hookloop; a sharded model's tensors are in `shards/`. Raises
-    ValueError for bad settings and for a folder that holds checkpoints of another run, OSError for one that can't be written,
-    TypeError at the first save for state of a callback that is no plain data.
+    Written at each epoch's end, at the end of training, every `every` updates or `timedelta`, and where `state.save` asks for it,
+    whole or not at all, once all hooks have run; another Checkpoint has intervals of its own. The newest `keep` stay (None: all),
+    and the best of `best` (a metric or `Goal` with its mode). `background`: a step waits for the copy to host memory alone, and
+    for a save still under way. `on_failure`: a failed save (a full disk) leaves the older ones whole and is a warning ("warn") or
+    ends the run with its OSError ("stop"). `model.pt` is the plain state dict, which `torch.load` reads without hookloop; a
+    sharded model's tensors are in `shards/`. Raises ValueError for bad settings and for a folder that holds checkpoints of
+    another run, OSError for one that can't be written, TypeError at the first save for state of a callback that is no plain data.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int | timedelta | None = None, keep: int | None = 3,
@@ -64,9 +64,9 @@ class Checkpoint(Callback):
         """Ask for a save where one is due; tell of one that failed behind the training."""
         self._writer.settle(wait=False)
         if isinstance(self.every, int) and state.step % self.every == 0:
-            state.save("step")
+            state.save(f"step of {self.key}")
         elif isinstance(self.every, timedelta) and time.monotonic() - self._saved_at >= self.every.total_seconds():
-            state.save("time")
+            state.save(f"time of {self.key}")
 
     def on_validation_end(self, state: State) -> None:
         """Ask for one where the metric is the best so far."""
@@ -75,7 +75,7 @@ class Checkpoint(Callback):
 
     def on_epoch_end(self, state: State) -> None:
         """Ask for one."""
-        state.save("epoch")
+        state.save(f"epoch of {self.key}")
 
     def on_fit_end(self, state: State) -> None:
         """Wait for what is still being written."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from .dispatch import Dispatch
@@ -15,13 +16,21 @@ if TYPE_CHECKING:
     from .session import Session
 
 log = logging.getLogger("hookloop")
+INTERVALS = ("step", "time", "epoch", "best")
+
+
+def concerning(write: Any, writers: Iterable[Any], reasons: Iterable[str]) -> list[str]:
+    """Return the reasons that are a writer's to write for: all but the intervals of other writers, "step of <its key>"."""
+    others = [getattr(getattr(other, "__self__", None), "key", "") for other in writers if other != write]
+    return sorted({*reasons}.difference(f"{interval} of {key}" for key in others for interval in INTERVALS))
 
 
 class Saves(Dispatch):
     """Writes the checkpoints that hooks asked for, stops where they asked to, keeps what a skipped update puts back."""
 
     snapshot: Snapshot | None = None
-    _saved_at = -1
+    _saved_at = -1  # the step of the checkpoint that the run goes on from
+    _written: Mapping[Any, int] = MappingProxyType({})  # by writer, the step of its last good save
     _end: tuple[int | None, int | None] = (None, None)
 
     @property
@@ -38,24 +47,26 @@ class Saves(Dispatch):
         return not self.stopped
 
     def _save_last(self) -> None:
-        """Ask for a save of where the run stands, unless it is on the disk."""
-        if not self.state.writers:
-            return
-        if not all([write(self.state, [], lambda: capture(cast("Session", self))) for write in self.state.writers]):
-            self._saved_at = -1
-        self._saved_at = self.state.ranks.smallest(self._saved_at, "saves")
-        if self.state.step != self._saved_at:
-            self.state._due.append("end")
+        """Ask for a save of where the run stands, unless all writers have it on the disk."""
+        state, found = self.state, dict[Any, int]()
+        for write in state.writers:
+            whole = write(state, [], lambda: capture(cast("Session", self)))
+            found[write] = state.ranks.smallest(self._written.get(write, self._saved_at) if whole else -1, "saves")
+        self._written = found
+        if any(step != state.step for step in found.values()):
+            state._due.append("end")
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run; of several ranks, once all agreed to."""
         state, asked = self.state, self.state._due
         if not state.ranks.together:
             asked, state._saves = asked + state._saves, []
-        reasons, state._due = sorted(set(asked)), []
-        for write in self.state.writers if reasons else ():
-            if write(self.state, reasons, lambda: capture(cast("Session", self))):
-                self._saved_at = self.state.step
+        state._due = []
+        for write in state.writers if asked else ():
+            at_end = self._written.get(write) == state.step  # so that "end" is another writer's
+            reasons = [why for why in concerning(write, state.writers, asked) if why != "end" or not at_end]
+            if reasons and write(state, reasons, lambda: capture(cast("Session", self))):
+                self._written = {**self._written, write: state.step}
 
     def _before_forward(self) -> None:
         """Let callbacks look, and keep buffers, where a step of a loop of the user's own begins: where the last one ended."""

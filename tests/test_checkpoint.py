@@ -182,6 +182,56 @@ def test_keep_and_best(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{s:08d}" for s in (steps[1], steps[4], steps[5])]
 
 
+def steps_in(folder: Path) -> list[int]:
+    return [int(p.name[5:13]) for p in list_checkpoints(folder)]
+
+
+class Scored(Callback):
+    """Reports a score that is best at the 2nd epoch, asks for a save at one update."""
+
+    def on_step_end(self, state: State) -> None:
+        if state.step == 5:
+            state.save("mine")
+
+    def on_validation_end(self, state: State) -> None:
+        state.metrics["score"] = [3.0, 1.0, 2.0][state.epoch]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("background", [False, True])
+def test_each_of_two_keeps_its_own_intervals_and_best(background: bool, form: Any, tmp_path: Path) -> None:
+    often = Checkpoint(tmp_path / "often", every=1, keep=2, background=background)
+    rare = Checkpoint(tmp_path / "rare", every=4, keep=None, best=Goal("score"), background=background).named("rare")
+    slow = Checkpoint(tmp_path / "slow", every=timedelta(days=1), keep=None).named("slow")
+    model = net()
+    form(Loop(model, adamw(model), [Scored(), rare, often, slow]), loss_fn, loader(24), epochs=3)  # of 3 updates each
+    assert [p.name for p in list_checkpoints(often.folder)] == [
+        "step-00000009",
+        "step-00000009.2",
+    ]  # the update's and the epoch's
+    assert steps_in(rare.folder) == [3, 4, 5, 6, 8, 9]
+    assert steps_in(slow.folder) == [3, 5, 6, 9]
+    assert rare.best == rare.folder / "step-00000006"
+    assert often.best is slow.best is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_end_is_written_by_each_that_does_not_have_it(form: Any, tmp_path: Path) -> None:
+    often, rare = Checkpoint(tmp_path / "often", every=1, keep=None), Checkpoint(tmp_path / "rare", every=10).named("rare")
+    model = net()
+    loop = Loop(model, adamw(model), [often, rare])
+    form(loop, loss_fn, loader(), steps=4)
+    assert (steps_in(often.folder), steps_in(rare.folder)) == ([1, 2, 3, 4], [4])
+    form(loop, loss_fn, loader(), steps=4)  # entered again, nothing is new
+    assert (steps_in(often.folder), steps_in(rare.folder)) == ([1, 2, 3, 4], [4])
+    model = net()
+    more = [Checkpoint(rare.folder, every=10), Checkpoint(tmp_path / "new", every=5).named("rare")]
+    loop = Loop(model, adamw(model), more, resume=rare.folder)
+    form(loop, loss_fn, loader(), steps=4)
+    form(loop, loss_fn, loader(), steps=5)
+    assert (steps_in(rare.folder), steps_in(tmp_path / "new")) == ([4, 5], [5])
+
+
 def test_every_timedelta_and_the_end(tmp_path: Path) -> None:
     model = net()
     loop = Loop(model, adamw(model), [Checkpoint(tmp_path / "a", every=timedelta(microseconds=1), keep=None)])

@@ -188,6 +188,30 @@ def decides(rank: int, world: int, how: str, folder: str) -> Any:
     return found
 
 
+class Asks(Callback):
+    def __init__(self, who: bool) -> None:
+        self.who = who
+
+    def on_step_end(self, state: State) -> None:
+        if self.who and state.step == 2:
+            state.save("mine")
+
+
+def two_checkpoints(rank: int, world: int, how: str, folder: str) -> list[list[str]]:
+    model = many.wrap(net(torch.float64, noise=False), how)
+    saves = [Checkpoint(Path(folder) / "often", 1, keep=None), Checkpoint(Path(folder) / "rare", 3, keep=None).named("rare")]
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [Seed(2), *saves, Asks(rank == 1)])
+    built_in(loop, with_losses, loader(rank, world), steps=4)
+    return [sorted(path.name for path in save.folder.glob("step-*")) for save in saves]
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_each_of_two_checkpoints_keeps_its_own_intervals(tmp_path: Path, how: str) -> None:
+    """And writes what one rank alone asks for."""
+    expected = [[f"step-{step:08d}" for step in steps] for steps in ((1, 2, 3, 4), (2, 3, 4))]
+    assert many.values(two_checkpoints, 2, how, str(tmp_path)) == [expected] * 2
+
+
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_es5_batches_grow_alike_and_time_passes_alike(tmp_path: Path, how: str) -> None:
     """Growth by the gradients' noise and by a metric, and checkpoints by the clock."""
