@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,17 @@ def number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex():
             return float(value.detach())
-    elif isinstance(value, int | float) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
+    elif isinstance(value, numbers.Real) or (getattr(value, "shape", None) == () and hasattr(value, "__float__")):
         return float(value)
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     raise TypeError(f"metric {name!r} must be one number, not {type(value).__name__}{shape}: {value!r:.60}")
+
+
+def plain(value: Any) -> Any:
+    """Return a number of another kind, such as NumPy's, as one of Python's; anything else as it is."""
+    if type(value) in (float, int, bool) or isinstance(value, Tensor) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 class Tracker:

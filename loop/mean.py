@@ -21,7 +21,7 @@ class Mean:
 
     def add(self, value: Tensor | float, weight: float | Tensor) -> None:
         """Take one value."""
-        self.values.append(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64))
+        self.values.append(value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64))
         self.weights.append(weight)
         if len(self.values) == 64:
             self.total, self.weight = self._sum()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .chunk import Chunk
+from .goal import plain
 
 if TYPE_CHECKING:
     from .session import Session
@@ -61,7 +62,9 @@ def detached(x: Any, path: str) -> Any:
 
 def single(value: Any) -> bool:
     """Tell whether an output is one number, to be averaged and logged."""
-    return not value.dim() if isinstance(value, Tensor) else type(value) in (int, float)
+    if isinstance(value, Tensor):
+        return not value.dim()
+    return type(value) in (float, int) or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
 def singles(outputs: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def singles(outputs: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in outputs.items():
         if single(value):
-            found[name] = value.detach() if isinstance(value, Tensor) else value
+            found[name] = value.detach() if isinstance(value, Tensor) else plain(value)
     return found
 
 

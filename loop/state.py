@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checks import say
 from .factors import Asked, Factor, checked, multiply, put_back
-from .goal import number
+from .goal import number, plain
 from .groups import Group, own_rates
 from .ranks import Ranks
 from .step import Eager
@@ -187,6 +187,7 @@ class State:
 
     def log(self, name: str, value: float | Tensor | Callable[[], Any]) -> None:
         """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported."""
+        value = plain(value)
         if not (callable(value) or isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())):
             raise TypeError(f"log({name!r}) takes a number, a 0-d tensor or a function that gives one, not {value!r:.60}")
         if isinstance(value, int) and value.bit_length() > 1023:

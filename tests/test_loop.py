@@ -8,8 +8,11 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hookloop.callbacks import ClipGradients, GradientAccumulation, MicroBatch, Seed, Warmup
+from hookloop.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MicroBatch, Seed, Warmup
 from hookloop.loop import Callback, Goal, Loop, State
 
 HOOKS = ["on_setup", "on_fit_start", "on_epoch_start", "on_step_start", "on_exception", "on_micro_end",
@@ -827,7 +830,7 @@ def test_es3_report_of_what_is_no_number_is_an_error(value: Any) -> None:
     assert record.count("on_validation_end") == 0
 
 
-@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.tensor(1), torch.tensor([[1.0]]), True, 1,
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.tensor(1), torch.tensor([[1.0]]), True, 1, Fraction(1), np.int64(1),
                                    torch.tensor(1.0, requires_grad=True)])  # fmt: skip
 def test_es3_report_of_a_number_of_another_kind(value: Any) -> None:
     with begun(make()) as loop:
@@ -854,6 +857,47 @@ def test_log_numbers_and_functions() -> None:
     make(Logs()).fit(loss_fn, train(), val(), epochs=2)
     assert asked == [3, 6]
     assert [(m["now"], float(m["tensor"]), m["later"]) for m in seen] == [(30, 3.0, 7.0), (60, 6.0, 7.0)]
+
+
+NUMBERS = {"double": (np.float64(0.5), 0.5), "single": (np.float32(0.25), 0.25), "whole": (np.int64(3), 3),
+           "half": (np.float16(2.0), 2.0), "fraction": (Fraction(1, 4), 0.25)}  # fmt: skip
+OTHERS = {"flag": True, "numpy's flag": np.bool_(True), "complex": 1j, "array": np.ones(2)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("micro", [None, 3])
+def test_numbers_that_are_not_pythons_own_are_averaged_and_logged_as_those_that_are(
+    form: Any, micro: int | None, tmp_path: Path
+) -> None:
+    class Logs(Callback):
+        def on_step_end(self, state: Any) -> None:
+            for name, (value, _) in NUMBERS.items():
+                state.log(f"my {name}", value)
+            seen.append({name: state.metrics[name] for name in (*expected, *mine)})
+
+        def on_micro_end(self, state: Any) -> None:
+            if not state.micro.training:
+                state.log("logged", np.float32(0.5))
+
+    def loss(model: Any, batch: Any) -> Any:
+        return {**loss_fn(model, batch), **{name: value for name, (value, _) in NUMBERS.items()}, **OTHERS}
+
+    expected, seen = {name: value for name, (_, value) in NUMBERS.items()}, list[Any]()
+    mine = {f"my {name}": value for name, value in expected.items()}
+    loop = make(At("on_fit_start", micro_of(micro)), Logs(), Checkpoint(tmp_path, every=1))
+    form(loop, loss, loader(20, 8), loader(20, 8), epochs=1)
+    assert seen == [expected | mine] * 3
+    assert {type(value) for each in seen for value in each.values()} == {float, int}
+    assert {k: loop.state.metrics[k] for k in loop.state.metrics if k.startswith("val_")}.items() >= (
+        {f"val_{name}": value for name, value in expected.items()} | {"val_logged": 0.5}).items()  # fmt: skip
+    assert not {name for name in loop.state.metrics if name.removeprefix("val_") in OTHERS}
+    assert type(mine["my whole"]) is type(loop.state.metrics["my whole"]) is int
+
+
+@pytest.mark.parametrize("value", [np.ones(2), np.bool_(True), 1j, "1"])
+def test_log_of_what_is_no_number_is_an_error(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"log\('x'\) takes a number"):
+        make().state.log("x", value)
 
 
 def test_log_in_evaluation_is_a_metric_of_that_loader() -> None:
