@@ -173,7 +173,7 @@ class Dispatch:
         """Ask every callback about a failed forward and backward of `size` samples, or a failed update (None)."""
         if not self.hooks["on_exception"]:
             return False
-        self.state.exception = error
+        before, self.state.exception = (self.state.exception, self.state.micro), error  # a hook may evaluate
         self.state.micro = None if size is None else MicroEnd(None, {}, size, None, training, 0, size)
         try:
             return any(self._run("on_exception"))
@@ -182,14 +182,16 @@ class Dispatch:
             say(error, f"then, while handling it: {type(problem).__name__}: {problem} ({places})")
             return False
         finally:
-            self.state.exception = self.state.micro = None
+            self.state.exception, self.state.micro = before
 
     def micro_end(self, chunk: Chunk, batch: Any, outputs: dict[str, Any], weight: Any, number: int, training: bool,
                   share: Any = None, split: str = "train") -> None:  # fmt: skip
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
+        before, streams, attempt = self.state.micro, self.streams, self.state.step + self.state.skipped
         self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share, split)
-        streams, attempt = self.streams, self.state.step + self.state.skipped
-        with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
-            self._run("on_micro_end")
-        self.state.micro = None
+        try:
+            with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
+                self._run("on_micro_end")
+        finally:
+            self.state.micro = before  # a hook that evaluates is inside another one's

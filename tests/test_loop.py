@@ -923,6 +923,59 @@ def test_log_in_evaluation_is_a_metric_of_that_loader() -> None:
     assert "lazy" not in metrics
 
 
+class Looks(Callback):
+    """Evaluates for each micro-batch that went through, or failed, and redoes what failed."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def look(self, state: State) -> None:
+        assert state.micro is not None
+        if state.micro.training:
+            with contextlib.suppress(KeyError):
+                self._loop().evaluate(self.loss, val())
+
+    def on_micro_end(self, state: State) -> None:
+        self.look(state)
+
+    def on_exception(self, state: State) -> bool:
+        self.look(state)
+        return isinstance(state.exception, ArithmeticError)
+
+
+class Sees(Callback):
+    def __init__(self) -> None:
+        self.ended, self.failed = list[Any](), list[Any]()
+
+    def on_micro_end(self, state: State) -> None:
+        self.ended.append(state.micro and (state.micro.training, state.micro.number))
+
+    def on_exception(self, state: State) -> None:
+        self.failed.append((state.micro and state.micro.training, str(state.exception)))
+
+
+@pytest.mark.parametrize("fails", [None, ArithmeticError, KeyError])
+def test_a_hook_may_evaluate_and_those_behind_it_see_what_they_would_have_seen(fails: Any) -> None:
+    calls = dict.fromkeys(("training", "evaluation"), 0)
+
+    def faulty(kind: str, at: int, error: Any) -> Any:
+        def loss(model: Any, batch: Any) -> Any:
+            calls[kind] += 1
+            if error is not None and calls[kind] == at:
+                raise error(kind)
+            return loss_fn(model, batch)
+
+        return loss
+
+    looks, sees = Looks(faulty("evaluation", 2, fails)), Sees()
+    loop = make(looks, sees, At("on_fit_start", micro_of(4)))
+    loop.fit(faulty("training", 2, ArithmeticError), loader(16, 8), epochs=1)
+    assert [micro for micro in sees.ended if micro is None or micro[0]] == [
+        (True, 0), (True, 0), (True, 1), (True, 0), (True, 1)]  # fmt: skip
+    assert sees.failed == ([(False, str(fails("evaluation")))] if fails else []) + [(True, "training")]
+    assert loop.state.micro is loop.state.exception is None
+
+
 def test_metrics_of_a_step_stay_tensors_and_do_not_grow() -> None:
     loop = make()
     loop.fit(loss_fn, train(), val(), epochs=3)
