@@ -37,6 +37,8 @@ def rebuild(x: Any, parts: dict[Any, Any]) -> Any:
         return parts
     if isinstance(x, list | tuple):
         return type(x)(*parts.values()) if hasattr(x, "_fields") else type(x)(parts.values())
+    if isinstance(x, Mapping) and not hasattr(type(x), "__setitem__"):
+        return x if unchanged(dict(x), parts) else anew(type(x), parts)
     new = copy.copy(x)
     for key, part in parts.items():
         if isinstance(x, Mapping):
@@ -44,6 +46,24 @@ def rebuild(x: Any, parts: dict[Any, Any]) -> Any:
         else:
             object.__setattr__(new, key, part)
     return new
+
+
+def unchanged(a: Any, b: Any) -> bool:
+    """Tell whether two hold the very same leaves in the same plain dicts, lists and tuples."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or type(a) not in (dict, list, tuple) or len(a) != len(b):
+        return False
+    return all(map(unchanged, *((a.values(), b.values()) if type(a) is dict else (a, b))))
+
+
+def anew(kind: Any, parts: dict[Any, Any]) -> Any:
+    """Return a mapping that can only be filled when it is made, or a plain dict where its kind takes no dict for that."""
+    try:
+        new = kind(parts)
+        return new if new.keys() == parts.keys() and all(new[key] is part for key, part in parts.items()) else parts
+    except Exception:  # whatever a constructor of other arguments raises
+        return parts
 
 
 def walk(x: Any, leaf: Callable[[Any, str], Any], path: str = "batch") -> Any:

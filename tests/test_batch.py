@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import itertools
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +49,42 @@ class Frozen:
 class Slotted:
     x: Any
     y: Any = None
+
+
+class ReadOnly(Mapping[str, Any]):
+    """A mapping that nothing can be put into."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self.held = held
+
+    def __getitem__(self, key: str) -> Any:
+        return self.held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+class Keywords(ReadOnly):
+    """One that no dict makes."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__(held)
+
+
+class Other(ReadOnly):
+    """One that makes something else of a dict."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        super().__init__({"held": held})
+
+    @classmethod
+    def of(cls, **held: Any) -> Other:
+        found = cls({})
+        found.held = held
+        return found
 
 
 class Bag:
@@ -266,6 +304,30 @@ def test_dl7_default_dict() -> None:
     assert same(join(parts), batch)
 
 
+READ_ONLY = {"mapping": lambda **held: ReadOnly(held), "proxy": lambda **held: MappingProxyType(held), "keywords": Keywords,
+             "other": Other.of}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ_ONLY)
+def test_dl7_mappings_that_nothing_can_be_put_into(kind: str) -> None:
+    make: Any = READ_ONLY[kind]
+    batch = make(x=tensor(5, 3), y=make(z=tensor(5)), names=list("abcde"), more={"w": (tensor(5), [tensor(5)])})
+    first = type(batch) if kind in ("mapping", "proxy") else dict  # of one that changed
+    assert move(batch, torch.device("cpu")) is batch
+    assert cut(batch, 0, 5, 5) is batch
+    parts = [cut(batch, a, b, 5) for a, b in equal_cuts(5, 2)]
+    assert [type(part) for part in parts] == [type(part["y"]) for part in parts] == [first] * 3
+    joined = join(parts)
+    assert type(joined) is first
+    assert torch.equal(joined["x"], batch["x"])
+    assert torch.equal(joined["y"]["z"], batch["y"]["z"])
+    assert joined["names"] == batch["names"]
+    assert torch.equal(joined["more"]["w"][1][0], batch["more"]["w"][1][0])
+    moved = move(batch, META)
+    assert (moved["x"].device, moved["y"]["z"].device, type(moved)) == (META, META, first)
+    assert batch["x"].device.type == "cpu"
+
+
 def test_dl7_a_list_of_fields_is_no_list_of_samples() -> None:
     """A list is cut along only if none of its elements is a tensor or a container (DESIGN.md, Data)."""
     batch = [("one", "two", "three"), ("eins", "zwei", "drei")]  # what default_collate makes of pairs of strings
@@ -379,7 +441,7 @@ class Cuts(Callback):
 
 
 def regression(model: nn.Module, batch: Any) -> Tensor:
-    x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else (batch.x, batch.y)
+    x, y = (batch["x"], batch["y"]) if isinstance(batch, Mapping) else (batch.x, batch.y)
     return (model(x).squeeze(1) - y).square().mean()
 
 
@@ -396,6 +458,8 @@ KINDS = {
     "namedtuple": lambda x: Pair(x, x.sum(1)),
     "dataclass": lambda x: Example(x, x.sum(1)),
     "frozen": lambda x: Frozen(x, x.sum(1)),
+    "mapping": lambda x: ReadOnly({"x": x, "y": x.sum(1)}),
+    "proxy": lambda x: MappingProxyType({"x": x, "y": x.sum(1)}),
 }
 
 
