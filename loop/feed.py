@@ -133,8 +133,7 @@ class Feed:
                     seed_streams(derive(seed, "first", epoch, rank), generators(device))
                     self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
         if self.order is None or not self.order.skips:
-            may_draw_here = self.order is None and not isinstance(self.loader, list | tuple)
-            if seeds_samples and may_draw_here:
+            if seeds_samples and self.order is None and not isinstance(self.loader, list | tuple):  # which may draw here
                 self._streams = generators(device)
             if not goes_on:
                 self._read_forward(read)
