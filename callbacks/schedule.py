@@ -51,6 +51,13 @@ class Schedule(Callback):
         self._saved, self._first, self._since = dict[str, Any](), dict[Tensor, Any](), 0  # the update that it was built before
         self._length: int | None = 0  # that it was built for
 
+    def __getstate__(self) -> Any:
+        state = super().__getstate__()
+        if self._function is None or self.scheduler is None or not isinstance(state, dict):
+            return state
+        fresh: dict[str, Any] = {"scheduler": None, "_settings": {}, "_saved": {}, "_first": {}, "_since": 0, "_length": 0}
+        return {**state, **fresh}  # what was built stays with its optimizer, and a copy builds its own
+
     def on_setup(self, state: State) -> None:
         """Keep the rates from before a restore, to build the scheduler on."""
         _ = self.scheduler is None or check_kind(self.scheduler, self.on, state.optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import itertools
@@ -329,6 +330,24 @@ def test_accumulation_makes_fewer_steps_and_the_function_is_told() -> None:
     state = loop.fit(loss_fn, loader(50, 8), epochs=2)
     assert told == [6] == [state.step]
     assert schedule.scheduler.last_epoch == 6
+
+
+@pytest.mark.parametrize("by", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("make", [lambda: Schedule("cosine"), lambda: Schedule(lambda o, n: lrs.StepLR(o, 2), "epoch"),
+                                  lambda: Schedule("plateau", "val_loss", patience=0, threshold=9.0)])  # fmt: skip
+def test_a_copy_of_one_that_ran_begins_anew_and_holds_no_optimizer(make: Any, by: Any) -> None:
+    def run(schedule: Schedule) -> tuple[list[Any], Loop]:
+        model, rates = net(), Rates()
+        loop = Loop(model, adamw(model), [Seed(0), schedule, rates])
+        loop.fit(loss_fn, loader(), loader(), epochs=3)
+        return rates.seen, loop
+
+    first, loop = run(used := make())
+    copied = by(used)
+    assert copied.scheduler is None
+    assert not any(isinstance(x, torch.Tensor) for x in vars(copied)["_first"])
+    assert used.scheduler.optimizer is loop.state.optimizer
+    assert run(copied)[0] == first
 
 
 def test_entered_twice_the_scheduler_goes_on() -> None:
