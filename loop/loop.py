@@ -14,7 +14,6 @@ One update, in order, with the hooks where they run:
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -113,8 +112,9 @@ class Loop(Updates):
                     self._plan()
                 if state._saves:
                     self._flush()
-                gather = functools.partial(feed.gather, state.batch_size, state.accumulate)
-                self._step = step = Step(self, self._read_unless_leaving(gather, []) if together else gather())
+                plan = state.batch_size, state.accumulate
+                chunks = self._read_unless_leaving(feed.gather, [], *plan) if together else feed.gather(*plan)
+                self._step = step = Step(self, chunks)
                 if not step.begin():
                     break
                 yield step

@@ -76,10 +76,10 @@ class Saves(Dispatch):
             self.snapshot = self.snapshot or Snapshot(self.state)
             self.snapshot.take([])
 
-    def _read_unless_leaving(self, read: Callable[[], Any], otherwise: Any) -> Any:
+    def _read_unless_leaving(self, read: Callable[..., Any], otherwise: Any, *given: Any) -> Any:
         """Return what `read` gives, or `otherwise` where it fails on a rank whose signal to leave may have ended workers too."""
         try:
-            return read()
+            return read(*given)
         except Exception as error:
             if not (self.state.ranks.together and wants(self.state)["leave"]):
                 raise
