@@ -394,3 +394,18 @@ def static(rank: int, world: int) -> None:
 def test_static_graph_with_micro_batches_says_what_to_change() -> None:
     for error in many.errors(static, 2):
         assert "take static_graph out" in error, error
+
+
+def test_ranks_without_data_count_for_nothing_in_the_noise() -> None:
+    """Two of four ranks measured: 4 samples each, of 16 in the update, which is a share of 4 * 4 / 16 of a rank's part."""
+    norm, rows = torch.ones((), dtype=torch.float64), list[torch.Tensor]()
+    ranks = [(8, (norm * 2, 1.0)), (8, (norm * 6, 1.0)), (0, None), (0, None)]
+
+    def answers(total: Any) -> list[Any]:
+        sums = SimpleNamespace(together=True, total=total)
+        states: list[Any] = [SimpleNamespace(world=4, update_size=size, ranks=sums) for size, _ in ranks]
+        return [over_ranks(state, norm, found) for state, (_, found) in zip(states, ranks, strict=True)]
+
+    answers(lambda row: rows.append(row) or row)
+    found = answers(lambda row: torch.stack(rows).sum(0))
+    assert [[float(x) for x in one] for one in found] == [[4.0, 4.0, 16.0]] * 4
