@@ -18,13 +18,13 @@ class Forward:
     _constants: dict[Any, Tensor]
 
     def open_autocast(self) -> None:
-        """Begin it for a forward that may stand in the user's own code."""
+        """Begin autocast, where the Loop has one, for a forward that may stand in the user's own code."""
         if self.autocast is not None:
             self._opened = contextlib.ExitStack()
             self._opened.enter_context(self.autocast())
 
     def leave_autocast(self) -> None:
-        """End it, if it has not ended."""
+        """End that autocast, if it has not ended."""
         opened, self._opened = self._opened, None
         if opened is not None:
             opened.close()

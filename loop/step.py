@@ -87,9 +87,11 @@ class Micro:
         if not self._open:
             raise RuntimeError("micro.backward must run inside `with micro:`, once")
         loop, self._open = self._step.loop, False
-        if not callable(loss):
+        batch = None
+        if callable(loss):
+            batch = self.batch
+        else:  # backward runs outside of autocast
             loop.leave_autocast()
-        batch = self.batch if callable(loss) else None
         self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
         self._step.hold()
 
@@ -109,7 +111,7 @@ class Micro:
                 self._before.take([])
         if loop.streams is not None:
             loop.streams.begin(loop.state.step + loop.state.skipped, self.number)
-        if loop.autocast is not None:
+        if loop.autocast is not None:  # for a forward of the user's own in the body
             loop.open_autocast()
         return self
 
