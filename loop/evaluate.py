@@ -50,7 +50,7 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
                          "of its own over the same data")  # fmt: skip
     outer, state._logged, state._evaluating = state._logged, {}, True
     key = None if loop.seed is None else derive(loop.seed, "validation", state.step, state.rank)
-    with isolated(state.device, seed), apart(loader, key), torch.no_grad(), each_alone(state):
+    with isolated(state.device, seed), apart(loader, key), torch.no_grad(), each_alone(state), loop.evaluating():
         try:
             model.eval()
             count = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,16 @@ class Forward:
         opened, self._opened = self._opened, None
         with opened or self.autocast():
             return loss_fn(model, batch)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Leave the autocast of a micro-batch in whose body an evaluation runs to that micro-batch's own loss."""
+        opened, self._opened = self._opened, None
+        try:
+            yield
+        finally:
+            self._opened = opened
+            torch.clear_autocast_cache()  # torch 2.10 keeps what was cast under no_grad there, for a loss that would not learn
 
     def constant(self, value: float | Tensor | None, like: Tensor) -> Tensor | None:
         """Return a number as a 0-d tensor like another one, made by a fill, which waits for no device."""

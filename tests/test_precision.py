@@ -146,7 +146,8 @@ def test_am6_what_is_no_type_and_no_function_is_an_error(autocast: Any) -> None:
         Loop(model, adamw(model), autocast=autocast)
 
 
-def test_autocast_is_around_a_forward_of_the_users_own_too() -> None:
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_autocast_is_around_a_forward_of_the_users_own_too(evaluates: bool) -> None:
     """`micro.backward(loss_fn(model, micro.batch))` is `micro.backward(loss_fn)`, and backward runs outside of it."""
     ends, seen = [], list[bool]()
     for own in (False, True):
@@ -165,6 +166,8 @@ def test_autocast_is_around_a_forward_of_the_users_own_too() -> None:
                 for step in loop.steps(loader(16)):
                     for micro in step:
                         with micro:
+                            if evaluates:  # which has autocast of its own
+                                loop.evaluate(loss_fn, loader(8))
                             micro.backward(watched(model, micro.batch) if own else watched)
                             assert not torch.is_autocast_enabled("cpu")
                     loop.update()
