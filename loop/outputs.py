@@ -71,8 +71,11 @@ def singles(outputs: dict[str, Any]) -> dict[str, Any]:
     """Return the outputs that are one number, without their graph."""
     found = {}
     for name, value in outputs.items():
-        if single(value):
-            found[name] = value.detach() if isinstance(value, Tensor) else plain(value)
+        if isinstance(value, Tensor):
+            if not value.dim():
+                found[name] = value.detach()
+        elif single(value):
+            found[name] = plain(value)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 
 ZERO_GRAD = Optimizer.zero_grad
-NOTHING = contextlib.nullcontext()
 GONE = Chunk(None)
 
 
@@ -45,11 +43,12 @@ class Eager:
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
         scaled = loss if scaler is None else scaler.scale(loss)
-        if factor is None:
-            scaled.backward()
+        given = loop.constant(factor, loss)
+        if factor is None or isinstance(factor, Tensor) or factor:
+            scaled.backward(given)
         else:
-            with silenced(loss, loop.state.model) if isinstance(factor, float) and not factor else NOTHING:
-                scaled.backward(loop.constant(factor, loss))
+            with silenced(loss, loop.state.model):
+                scaled.backward(given)
         return outputs
 
     def update(self, loop: Session) -> None:
@@ -93,7 +92,8 @@ class Micro:
         else:  # backward runs outside of autocast
             loop.leave_autocast()
         self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
-        self._step.hold()
+        if self._step._held is None:
+            self._step.hold()
 
     def __enter__(self) -> Micro:
         if self._open or self.outputs is not None:
@@ -216,13 +216,9 @@ class Step:
         loop.state.update_size = loop.state.micro_size = self.size
         if len(parts) == 1 and loop.weigh is None and self.size:  # what follows in short, for most steps are this
             return [Micro(self, 0, parts[0], self.size, None)]
-        weighed: list[tuple[Chunk, Any]] = []
-        loop.state.micro_size = 0
-        for part in parts:
-            weight = weight_of(loop, part)
-            if isinstance(weight, Tensor) or weight > 0:  # what weighs nothing takes no part: its mean loss is 0/0
-                weighed.append((part, weight))
-                loop.state.micro_size = max(loop.state.micro_size, part.size or 0)
+        every = [(part, weight_of(loop, part)) for part in parts]
+        weighed = [(part, w) for part, w in every if isinstance(w, Tensor) or w > 0]  # the mean loss of the others is 0/0
+        loop.state.micro_size = max([part.size or 0 for part, _ in weighed], default=0)
         if loop.weigh is not None:
             self.weight = sum(weight for _, weight in weighed)
         if len(weighed) == 1:

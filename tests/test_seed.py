@@ -59,8 +59,8 @@ class Noisy(Samples):
 
 
 def mixing(model: nn.Module, batch: Any) -> Any:
-    """A loss that draws from all three generators, as mixup and layer drop do."""
-    factor = 1 + 0.1 * (random.random() + float(np.random.rand()) + float(torch.rand(())))
+    """A loss that draws from all three generators, as mixup and layer drop do; of two normal numbers one is kept for later."""
+    factor = 1 + 0.1 * (random.gauss(0, 1) + float(np.random.randn()) + float(torch.rand(())))
     return loss_fn(model, (batch[0] * factor, batch[1]))
 
 
