@@ -133,24 +133,26 @@ class Dispatch:
             log.warning("%s takes %.0f%% of an update's %.0f ms; call it less often, or keep what it computes on the device, "
                         "without .item()", name, 100 * found[name] / took, 1000 * took)  # fmt: skip
 
-    def _run(self, hook: str) -> list[Any]:
-        answers, first = list[Any](), list[BaseException]()
+    def _run(self, hook: str) -> bool:
+        state, answered, first = self.state, False, None
         for method in self.hooks[hook]:
             try:
-                answers.append(method(self.state))
+                if method(state):
+                    answered = True
             except BaseException as error:
-                note(error, method, hook, self.state.step)
+                note(error, method, hook, state.step)
                 if hook not in AFTER:
                     raise
-                first.append(error)
-        if first:
-            for other in first[1:]:
-                say(first[0], f"then, in the same hook: {type(other).__name__}: {other}")
+                if first is None:
+                    first = error
+                else:
+                    say(first, f"then, in the same hook: {type(error).__name__}: {error}")
+        if first is not None:
             try:
-                raise first[0]
+                raise first
             finally:
-                first.clear()  # its traceback holds this frame: a cycle would keep the Loop, and its workers
-        return answers
+                first = None  # its traceback holds this frame: a cycle would keep the Loop, and its workers
+        return answered
 
     def _plan(self) -> None:
         """Let callbacks plan the next update; refuse a plan that can't be, or that its callback does not own."""
@@ -159,15 +161,15 @@ class Dispatch:
         self._run("on_step_start")
         if (after := self._plan_fields()) == before:
             return
-        for name, value in after.items():
-            if value != before[name]:
+        for name, value, old in zip(PLAN, after, before, strict=True):
+            if value != old:
                 whole(f"state.{name}", value, 1, none=name != "accumulate")
                 if name != "micro_batch_size" and not any(name in callback.owns for callback in self.callbacks):
                     raise ValueError(f"state.{name} was set to {value!r} by a callback that does not name it in owns, so that "
                                      f"state.total_steps ({state.total_steps}) is wrong: owns = ({name!r},)")  # fmt: skip
 
-    def _plan_fields(self) -> dict[str, Any]:
-        return {name: getattr(self.state, name) for name in PLAN}
+    def _plan_fields(self) -> tuple[Any, ...]:
+        return self.state.batch_size, self.state.accumulate, self.state.micro_batch_size
 
     def redoes(self, error: Exception, size: int | None, training: bool = True) -> bool:
         """Ask every callback about a failed forward and backward of `size` samples, or a failed update (None)."""
@@ -176,7 +178,7 @@ class Dispatch:
         before, self.state.exception = (self.state.exception, self.state.micro), error  # a hook may evaluate
         self.state.micro = None if size is None else MicroEnd(None, {}, size, None, training, 0, size)
         try:
-            return any(self._run("on_exception"))
+            return self._run("on_exception")
         except Exception as problem:  # the first error wins
             places = "; ".join(getattr(problem, "__notes__", ()))
             say(error, f"then, while handling it: {type(problem).__name__}: {problem} ({places})")

@@ -29,7 +29,8 @@ class Snapshot:
 
     def take(self, chunks: list[Chunk]) -> None:
         """Remember the moment before a step's first forward."""
-        held = [(m._buffers, [*m._buffers.items()]) for m in self.model.modules()]
+        self.owners = [module._buffers for module in modules(self.model)]
+        held = [(owner, [*owner.items()]) for owner in self.owners if owner]
         self.buffers = [(owner, [(name, b, None if b is None else b.clone()) for name, b in found]) for owner, found in held]
         self.grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in self.outside]
         self.host = {} if self.device is None else snapshot(self.device)
@@ -57,8 +58,9 @@ class Snapshot:
     @torch.no_grad()
     def put_back_buffers(self) -> None:
         """Undo what the step's forwards did to buffers."""
-        for owner, found in self.buffers:
+        for owner in self.owners:
             owner.clear()  # of what came by since, too
+        for owner, found in self.buffers:
             for name, buffer, kept in found:
                 owner[name] = buffer
                 if buffer is None or kept is None or overlapping(buffer):  # which nobody can have written to
@@ -111,6 +113,18 @@ def shaped(model: nn.Module) -> nn.Module:
         raise ValueError(f"{lazy[0]} has no shape yet, so a step could not be undone; run one batch through the model before "
                          "training")  # fmt: skip
     return model
+
+
+def modules(model: nn.Module) -> list[nn.Module]:
+    """Return what `model.modules()` gives, which also makes up the name of each, five times as dear, for each step to ask."""
+    found = {model: None}
+    queue = [model]
+    for module in queue:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                queue.append(child)
+    return queue
 
 
 def shell(x: Any) -> Any:
