@@ -12,10 +12,10 @@ import pytest
 
 LARGE, MOST = 3, 8  # cases
 COSTLY = re.compile(r"test_(ranks|sharded)|killed|resumed|test_(rs|sg|ck|tb|oo)\d")  # processes of their own, or many runs
-LARGE_AND_COSTLY, MOST_AND_COSTLY = 1, 3
+LARGE_AND_COSTLY, MOST_AND_COSTLY = 1, 2
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
 # Lines that others run too, again and again, as a table's later cases do: on Python 3.11 to trace them doubles their time.
-UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws_slow|checkpoint)\.py")
+UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws\w*|checkpoint|compile|precision|goal|benchmarks)\.py")
 # Files whose tests one process runs, with `--dist loadgroup`: of ranks only one test at a time, since each takes all cores;
 # of the others what all of a file's tests compare with is made once.
 TOGETHER = re.compile(r"test_(ranks|examples|kill)")
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for table, cases in tables.items():
         large, share, most = (LARGE_AND_COSTLY, 4, MOST_AND_COSTLY) if COSTLY.search(table) else (LARGE, 4, MOST)
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        if CHEAP.search(table.rpartition("::")[2]) and "test_ranks" not in table:
+        if CHEAP.search(table.rpartition("::")[2]) and not COSTLY.search(table):
             large, share, most = MANY, 2, MANY
         else:
             for item in cases[0 if UNCOUNTED.search(table) else 1 :]:

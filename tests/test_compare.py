@@ -98,7 +98,7 @@ def moved(state: State) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("step", [2, 7, 8, STEPS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_update_and_the_kind_are_named(kind: str, step: int, form: Any, tmp_path: Path) -> None:
+def test_the_update_and_the_kind_are_given(kind: str, step: int, form: Any, tmp_path: Path) -> None:
     """Two runs made to differ in one thing at a known update: that update, and that thing first."""
     acts: dict[str, tuple[str, Callable[[State], Any]]] = {
         "weights": ("on_step_start", shift), "optimizer": ("on_step_start", moved),

@@ -82,7 +82,8 @@ def test_two_jobs_give_the_same_trials_to_the_bit(method: str, undisturbed: Any,
 
 
 @pytest.mark.parametrize(
-    ("method", "processes"), [("grid", 2), *(pytest.param(method, 4, marks=pytest.mark.slow) for method in ("grid", "random"))]
+    ("method", "processes"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("grid", 2), ("grid", 4), ("random", 4))],
 )
 def test_several_processes_one_killed_in_the_midst_of_a_trial(
     method: str, processes: int, undisturbed: Any, tmp_path: Path
