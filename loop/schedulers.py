@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .checks import say
+from .goal import Goal
+from .groups import Group, put
 from .store import reduced
 
 if TYPE_CHECKING:
@@ -27,6 +30,24 @@ UNSAVED = (FunctionType, MethodType, BuiltinFunctionType, partial)  # torch leav
 def rates(optimizer: Optimizer) -> dict[Tensor, Any]:
     """Return each parameter's rate, as a plain number."""
     return {p: reduced(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def plain(group: Group) -> dict[str, Any]:
+    """Return a group's settings, as plain data."""
+    found: dict[str, Any] = reduced({k: v for k, v in group.items() if k != "params"})
+    return found
+
+
+def put_all(optimizer: Optimizer, found: list[dict[str, Any]]) -> None:
+    """Give each group these settings."""
+    for group, one in zip(optimizer.param_groups, found, strict=True):
+        put(group, one)
+
+
+def put_rates(optimizer: Optimizer, found: dict[Tensor, Any]) -> None:
+    """Give each group the rate of its first parameter, where that is known."""
+    for group in optimizer.param_groups:
+        put(group, {"lr": found.get(group["params"][0], group["lr"])})
 
 
 def settings(scheduler: Any) -> dict[str, Any]:
@@ -73,6 +94,16 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> tuple[list[str],
     return ([text[n] for n in differ if not isinstance(here[n], list)], [text[n] for n in differ if isinstance(here[n], list)])
 
 
+def check_given(scheduler: Any, on: Any) -> None:
+    """Raise TypeError or ValueError for what is no scheduler, function or name, and for what it can't be stepped on."""
+    if inspect.isclass(scheduler) or not (isinstance(scheduler, LRScheduler | str) or callable(scheduler)):
+        raise TypeError("scheduler must be a torch scheduler, or a function such as lambda optimizer, total_steps: "
+                        f"CosineAnnealingLR(optimizer, total_steps), or a name as 'cosine', not {scheduler!r}")  # fmt: skip
+    if not isinstance(on, str | Goal) or (isinstance(on, Goal) and on != Goal(on.metric, on.mode)):
+        raise ValueError("on must be 'step', 'epoch', a metric's name, or a Goal of metric and mode alone (the "
+                         f"patience is ReduceLROnPlateau's), not {on!r}")  # fmt: skip
+
+
 def check_kind(scheduler: Any, on: Any, optimizer: Optimizer | None = None) -> Any:
     """Return the scheduler; raises ValueError for one of another optimizer, or that is not stepped `on` this."""
     kind, mode = type(scheduler).__name__, getattr(on, "mode", None)
@@ -106,6 +137,11 @@ def check_same(kind: str, here: dict[str, Any], saved: dict[str, Any]) -> None:
         warnings.warn(f"{kind} goes on with the checkpoint's {', '.join(lost)}", stacklevel=3)
 
 
+def length(state: State, since: int) -> int | None:
+    """Return the updates from `since` to the run's end, None where that is not known."""
+    return None if state.total_steps is None else max(state.total_steps - since, 1)
+
+
 def check_length(here: dict[str, Any], built: int | None, now: int | None) -> None:
     """Warn where a run is entered again with another length than stands among its scheduler's settings."""
     if built and now and now != built and built in here.values():
@@ -122,7 +158,7 @@ def check_follows(build: Callable[[Optimizer, int | None], Any] | None, new: Opt
     vars(tried).update(vars(new))
     tried.param_groups = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in g.items()} for g in new.param_groups]
     try:
-        build(tried, max(state.total_steps - state.step, 1))
+        build(tried, length(state, state.step))
     except Exception as error:
         say(error, f"in building the scheduler for {type(new).__name__}, which is to take over")
         raise

@@ -70,7 +70,7 @@ class Session(Saves, Forward):
         check(self.callbacks)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = State(model, optimizer, scaler if scaler is not None and scaler.is_enabled() else None, device=device)
-        self.state.ranks = Ranks.of(model)
+        self.state.ranks, self.state.strict = Ranks.of(model), strict
         self.state.rank, self.state.world = self.state.ranks.rank, self.state.ranks.world
         self.stand_in: Chunk | None = None  # for a rank whose data have ended
         self._more = False  # whether any rank has data for another step

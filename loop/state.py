@@ -95,6 +95,7 @@ class State:
     saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at
     since: float | None = None
+    strict: bool = True  # whether a resume refuses what does not fit
     at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry
 
     def __post_init__(self) -> None:

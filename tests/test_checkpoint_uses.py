@@ -432,7 +432,10 @@ def test_what_callbacks_refuse_is_told_at_once_and_changes_nothing(strict: bool,
 def test_another_kind_of_scheduler_by_a_function_is_told_when_it_is_built(strict: bool, tmp_path: Path) -> None:
     save_run(tmp_path, halved())
     made = Schedule(lambda optimizer, steps: lr_scheduler.ExponentialLR(optimizer, 0.5))
-    with pytest.raises(ValueError, match=r"holds a StepLR, scheduler is a ExponentialLR"):
+    told: Any = pytest.raises(ValueError, match="holds a StepLR, scheduler is a ExponentialLR")
+    if not strict:
+        told = pytest.warns(UserWarning, match="holds a StepLR, scheduler is a ExponentialLR.*strict=False allows it")
+    with told:
         built_in(resuming(tmp_path, made, Checkpoint(tmp_path / "b"), strict=strict), loss_fn, data(), steps=4)
 
 

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,6 +295,26 @@ def test_a_resumed_run_keeps_the_checkpoints_settings_and_says_so() -> None:
         saved_by("wsd")[0].load_state_dict(saved_by("wsd", shape="sqrt")[0].state_dict())
     with pytest.raises(ValueError, match="holds a LambdaLR, scheduler is a OneCycle;"):
         saved_by("one_cycle")[0].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", ["linear", "one_cycle"])
+def test_another_schedule_than_the_checkpoints_is_an_error_or_begins_anew(name: str, tmp_path: Path) -> None:
+    """At the program's rate, for the updates that are left; a schedule that is new to a resumed run does so too."""
+    alone = Rates()
+    model = net()
+    Loop(model, adamw(model), [alone, Schedule(name)]).fit(loss_fn, loader(50, 10), epochs=1)  # as many as are left
+
+    def run(*callbacks: Callback, **given: Any) -> list[Any]:
+        model, rates = net(), Rates()
+        Loop(model, adamw(model), [rates, *callbacks], **given).fit(loss_fn, loader(50, 10), epochs=2)
+        return rates.seen
+
+    run(Schedule("cosine"), Checkpoint(tmp_path, every=4, keep=9))
+    last = str(tmp_path / "step-00000005")
+    with pytest.raises(ValueError, match=r"Schedule does not take its state: the checkpoint.*Loop\(\.\.\., strict=False\)"):
+        run(Schedule(name), resume=last)
+    with pytest.warns(UserWarning, match="Schedule does not take its state: the checkpoint.*strict=False allows it"):
+        assert run(Schedule(name), resume=last, strict=False)[-5:] == alone.seen
 
 
 class Stream:
