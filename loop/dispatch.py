@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import logging
@@ -18,7 +17,6 @@ log = logging.getLogger("hookloop")
 
 if TYPE_CHECKING:
     from .chunk import Chunk
-    from .rng import Streams
 
 Method = Callable[[State], Any]
 PLAN = ("batch_size", "accumulate", "micro_batch_size")
@@ -109,7 +107,6 @@ class Dispatch:
     state: State
     callbacks: tuple[Callback, ...]
     hooks: dict[str, tuple[Method, ...]]
-    streams: Streams | None
     measure: Callable[[Any], int]
     warned: set[Any]
     sampling: tuple[float, dict[str, tuple[Method, ...]]] | None = None  # since when an update is timed, and the plain hooks
@@ -190,10 +187,9 @@ class Dispatch:
                   share: Any = None, split: str = "train") -> None:  # fmt: skip
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
-        before, streams, attempt = self.state.micro, self.streams, self.state.step + self.state.skipped
+        before = self.state.micro
         self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share, split)
         try:
-            with streams.aside(attempt, number) if training and streams is not None else contextlib.nullcontext():
-                self._run("on_micro_end")
+            self._run("on_micro_end")
         finally:
             self.state.micro = before  # a hook that evaluates is inside another one's

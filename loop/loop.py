@@ -4,10 +4,10 @@ One update, in order, with the hooks where they run:
 
     steps    on_step_start; saves asked for are written; the update's data is gathered
     step     gradients cleared; the data cut into micro-batches and weighed
-    micro    streams seeded (Python's and NumPy's at the first); batch moved; forward, backward; on_micro_end
+    micro    streams seeded; batch moved; forward, backward; on_micro_end
              (an error: on_exception, and where one answers True, all from "gradients cleared" again)
     update   gradients unscaled; on_before_optimizer_step; gradient factors applied; rate factors applied;
-             optimizer.step; rates put back; scaler.update; counted; on_step_end; saves asked for are written
+             streams seeded; optimizer.step; rates put back; scaler.update; counted; on_step_end; saves asked for are written
              (a skipped update: nothing after the decision but scaler.update and its count)
 """
 

@@ -44,11 +44,6 @@ def generators(device: torch.device) -> list[torch.Generator]:
 def seed_host(seed: int) -> None:
     """Seed Python's generator, and NumPy's if it was imported."""
     random.seed(seed)
-    seed_numpy(seed)
-
-
-def seed_numpy(seed: int) -> None:
-    """Seed NumPy's generator, if it was imported."""
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed & 0xFFFFFFFF)
 
@@ -61,11 +56,7 @@ def seed_streams(key: int, streams: list[torch.Generator]) -> None:
 
 
 class Streams:
-    """What training draws from, seeded so that nothing else that draws can move it.
-
-    Torch's generators are seeded for each micro-batch and update, NumPy's, which is dear to copy, for each micro-batch,
-    Python's, which is dear to seed, for each try of a step; a hook that runs inside a step runs `aside`.
-    """
+    """What training draws from, seeded for each micro-batch and update, so that nothing else that draws can move it."""
 
     UPDATE = (1 << 20) - 1
 
@@ -74,23 +65,7 @@ class Streams:
 
     def begin(self, attempt: int, number: int) -> None:
         """Seed for micro-batch `number` (or `UPDATE`) of the `attempt`-th update of the run."""
-        key = mix(self.base, (attempt << 20) + number)
-        if number == 0:
-            random.seed(key)
-        if number != self.UPDATE:
-            seed_numpy(key)
-        for generator in self.generators:
-            generator.manual_seed(key)
-
-    @contextlib.contextmanager
-    def aside(self, attempt: int, number: int) -> Iterator[None]:
-        """Run the body, which follows a micro-batch, on host streams of its own."""
-        before = random.getstate()
-        seed_host(mix(self.base, -1 - (attempt << 20) - number))
-        try:
-            yield
-        finally:
-            random.setstate(before)
+        seed_streams(mix(self.base, (attempt << 20) + number), self.generators)
 
 
 def seed_everything(seed: int) -> None:

@@ -144,7 +144,7 @@ def test_another_callback_that_draws_moves_no_optimizer_that_draws() -> None:
             super().step()
             for group in self.param_groups:
                 for p in group["params"]:
-                    p.add_(torch.randn_like(p), alpha=1e-3)
+                    p.add_(torch.randn_like(p), alpha=1e-3 * (random.gauss(0, 1) + float(np.random.randn())))
 
     def one(*extra: Callback) -> dict[str, Tensor]:
         seeded, model = Seed(5), nn.Linear(6, 3)
