@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -46,12 +47,9 @@ class EarlyStopping(Callback):
         self._broken: str | None = None
 
     def on_fit_start(self, state: State) -> None:
-        """Say again what a restored or finished run had decided, and train on from the last weights."""
+        """Say again what a restored or finished run had decided."""
+        self._go_on(state)
         named = Named(state.model, state.optimizer)
-        if self._last is not None:
-            weights, state.eval_model = self._last
-            named.load_model(weights)
-            self._last = None
         if self._best is not None and (amiss := named.model_misfits(self._best)):  # resumed with strict=False
             self._best = None
             warnings.warn(
@@ -88,6 +86,14 @@ class EarlyStopping(Callback):
         if self.restore_best and self._best is not None and self._last is None:
             self._last, state.eval_model = (copy_of(state), state.eval_model), None  # the best is what is evaluated now
             Named(state.model, state.optimizer).load_model(self._best)
+            state.at_enter.append(functools.partial(self._go_on, state))
+
+    def _go_on(self, state: State) -> None:
+        """Train on from the last weights: from the first forward of a loop of the user's own, which no hook comes before."""
+        if self._last is not None:
+            weights, state.eval_model = self._last
+            Named(state.model, state.optimizer).load_model(weights)
+            self._last = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return best value, count, best weights."""

@@ -35,8 +35,11 @@ class TensorBoard(Callback):
         if bad := {k: v for k, v in (settings or {}).items() if not isinstance(v, int | float | str)}:
             raise ValueError(f"settings must hold numbers, strings and bools; make strings of {bad!r}")
         self.every, self.grad_norm, self.settings = every, grad_norm, dict(settings or {})
-        self._events, self._mark = Events(folder), (0, 0, 0.0)
-        self._reported = dict[str, str]()
+        self._events, self._mark, self._reported = Events(folder), (0, 0, 0.0), dict[str, str]()
+
+    def on_setup(self, state: State) -> None:
+        """Ask to be told of updates once every other callback has logged what it has to say."""
+        state.after = [*state.after, self.after_step]
 
     def on_fit_start(self, state: State) -> None:
         """Open a file that goes on from this step; at a run's first, with the table of parameter groups."""
@@ -52,7 +55,7 @@ class TensorBoard(Callback):
         if self.grad_norm and self._due(state.step + 1):
             _ = state.grad_norm
 
-    def on_step_end(self, state: State) -> None:
+    def after_step(self, state: State) -> None:
         """Log what is due, write what has arrived."""
         self._events.step = state.step
         if self._due(state.step) and self._events.file is not None:

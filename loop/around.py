@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .dispatch import AROUND, OWNED, overridden
+from .state import State
 
 
 def check_around(callbacks: Any) -> None:
@@ -28,6 +29,14 @@ def given(loss: Tensor | float | None, samples: int) -> dict[str, Any]:
     if isinstance(loss, Tensor) and loss.dim():
         raise ValueError(f"loss must be a 0-d tensor or a number, not shape {tuple(loss.shape)}")
     return {} if loss is None else {"loss": loss.detach() if isinstance(loss, Tensor) else float(loss)}
+
+
+def check_rates(state: State) -> None:
+    """Refuse rates that were changed while they held an update's factors, with which the change would be put back."""
+    for group, used in zip(state.optimizer.param_groups, state.rates, strict=False):
+        if not isinstance(group["lr"], Tensor) and group["lr"] != used:
+            raise RuntimeError(f"the rate was changed from {used:g} to {group['lr']:g} inside `with loop.updating():`, where it "
+                               "holds this update's factors, as of Warmup: call scheduler.step() after it")  # fmt: skip
 
 
 @contextlib.contextmanager

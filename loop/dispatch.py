@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .callback import HOOKS, Callback
 from .checks import say, whole
-from .state import MicroEnd, State
+from .micro_end import MicroEnd
+from .state import State
 
 log = logging.getLogger("hookloop")
 

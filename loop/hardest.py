@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import leaves
-from .state import MicroEnd
+from .micro_end import MicroEnd
 
 Held = dict[str, Tensor]  # "losses", "positions" (-1: none yet) and, where there are such, "pictures"
 

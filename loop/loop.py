@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .around import given, left_out
+from .around import check_rates, given, left_out
 from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
-from .guards import left_in_eval
+from .guards import left_in_eval, warn_once
+from .mean import Mean
 from .saves import log
 from .state import State
 from .step import Step
@@ -55,7 +56,7 @@ class Loop(Updates):
 
         def validate_if_due() -> None:
             step = self.state.step
-            if validate_every is not None and step and step % validate_every == 0 and self.state.reported_at != step:
+            if validate_every is not None and step and step % validate_every == 0 and self.validated_at != step:
                 self.validate(loss_fn, val_loader)
 
         with self:
@@ -167,6 +168,8 @@ class Loop(Updates):
         """Run callbacks around `optimizer.step()` in a loop of your own; `loss` is what TensorBoard and others show.
 
         Several ranks must come here equally often: one whose data end earlier is waited for, until the group's timeout.
+        A scheduler of yours steps after it: inside, rates hold this update's factors, and changing them is a RuntimeError.
+        A resumed run has all but its place in the data, which is yours to find: `state.step` and `state.samples` tell.
         With `scaler=` gradients are unscaled first. A skipped update takes the gradients away (`p.grad = None`), so
         that the optimizer's step does nothing.
         """
@@ -179,11 +182,16 @@ class Loop(Updates):
         if self.state._saves:  # before this update changes what they are to hold
             self._flush()
         if applied := self._gradients_final(True):
-            before = self.state.apply_rates()
+            before, steps = self.state.apply_rates(), self.optimizer_steps
             try:
                 yield
+                if before is not None:
+                    check_rates(self.state)
             finally:
                 self.state.restore_rates(before)
+            if self.optimizer_steps == steps:
+                warn_once(self, "idle", "the optimizer made no step inside `with loop.updating():`, which counts an update all "
+                                        "the same; call optimizer.step() there (a GradScaler goes to Loop(scaler=))")  # fmt: skip
         else:
             with left_out(self.state.optimizer):
                 yield
@@ -208,6 +216,9 @@ class Loop(Updates):
             part = evaluate(self, loss_fn, one, f"val_{name}_" if name else "val_", may_leave)
             if part is None:
                 return None
+            if twice := sorted(found.keys() & part.keys()):
+                raise ValueError(f"the validation loader {name!r} gives {twice[0]!r}, and so does one before it: rename a loader, "
+                                 "or what loss_fn returns")  # fmt: skip
             found |= part
         return found
 
@@ -220,11 +231,16 @@ class Loop(Updates):
         if self._phase == "left" or (self._phase == "inside" and self.state.stop_reason is not None):
             return
         if loader is None:
-            self.report({"train_loss": self.state.ranks.means({"": self.train_loss})[""]})
-        elif (found := self._evaluate(loss_fn, loader, may_leave=True)) is not None:
-            self.report(found)
+            found: dict[str, Any] | None = {"train_loss": self.state.ranks.means({"": self.train_loss})[""]}
+            if self.state.loader is None:  # around a loop of the user's own nothing else tells where an epoch begins
+                self.train_loss = Mean()
         else:
+            found = self._evaluate(loss_fn, loader, may_leave=True)
+        if found is None:
             self._phase = "left"
+        else:
+            self.validated_at = self.state.step
+            self.report(found)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""

@@ -53,6 +53,7 @@ def capture(loop: Session) -> store.Contents:
         "callbacks": callbacks,
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
+        "validated": loop.validated_at,
         "used": [[x if x is None or isinstance(x, torch.Tensor) else float(x) for x in y] for y in (state.rates, state.decays)],
         "seed": loop.seed,
         "seeded": state.seed is not None,
@@ -165,6 +166,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     state.saved = str(found.place)
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
     state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], alone["rng"]
+    loop.validated_at = saved.get("validated", state.reported_at)
     loop._saved_at, loop.promised, state.spent = state.step, promised(saved), found.about.get("seconds", 0.0)
     rng.restore(alone["rng"], state.device)
 

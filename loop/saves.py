@@ -31,6 +31,7 @@ class Saves(Dispatch):
     snapshot: Snapshot | None = None
     _saved_at = -1  # the step of the checkpoint that the run goes on from
     _written: Mapping[Any, int] = MappingProxyType({})  # by writer, the step of its last good save
+    validated_at = -1  # the step of the last validation
     _end: tuple[int | None, int | None] = (None, None)
 
     @property

@@ -127,13 +127,16 @@ class Session(Saves, Forward):
                 for callback in self.callbacks:
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
-                state.writers, state.checks, state.before, state.accepts = [], [], [], []  # of an entry that failed
+                state.writers, state.checks, state.before, state.after, state.accepts = [], [], [], [], []  # of one that failed
                 state.exchanged = [functools.partial(follow, weakref.ref(self))]
                 self._run("on_setup")
                 self.settings, self.wrapping = Named(state.model, state.optimizer).options(), wrapping(state.model)
                 if self.resume is not None:
                     restore(self, self.resume, self.strict)
                 self._was_set_up = True
+            acts, state.at_enter = state.at_enter, []
+            for act in acts:
+                act()
             self._before_forward()
         except BaseException:
             self.__exit__(*sys.exc_info())
@@ -151,6 +154,10 @@ class Session(Saves, Forward):
         check_alike(self)
         if loader is None:
             check_around(self.callbacks)
+            if state.step and state.step == self._saved_at:
+                log.warning(
+                    "resumed after %d updates: in a loop of your own the place in its data is yours to find", state.step
+                )
         else:
             check_loader("train_loader", loader)
             if not state.model.training:

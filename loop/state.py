@@ -15,6 +15,7 @@ from .checks import say
 from .factors import Asked, Factor, checked, multiply, put_back
 from .goal import number, plain
 from .groups import Group, own_rates
+from .micro_end import MicroEnd
 from .ranks import Ranks
 from .step import Eager
 
@@ -23,21 +24,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from .store import Contents
-
-
-@dataclass(slots=True)
-class MicroEnd:
-    """One micro-batch that went through the model, as `on_micro_end` sees it."""
-
-    batch: Any
-    outputs: dict[str, Any]  # detached; always holds "loss"
-    weight: float | Tensor
-    index: list[Any] | None  # positions in the data set, None where unknown
-    training: bool
-    number: int  # 0 is the first micro-batch of this step's try, or of this evaluation
-    size: int
-    share: float | Tensor | None = None  # its weight over the step's; None where it is the whole step, or in evaluation
-    split: str = "train"  # in evaluation "val", or "val_<name>" of a mapping's loader
 
 
 @dataclass(eq=False)
@@ -87,6 +73,7 @@ class State:
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
     checks: list[Callable[[State], None]] = field(default_factory=list)  # run when gradients are as the optimizer gets them
     before: list[Callable[[State], None]] = field(default_factory=list)  # before a step's first forward, once hooks have run
+    after: list[Callable[[State], None]] = field(default_factory=list)  # of each applied update, once hooks have run
     accepts: list[Callable[[Optimizer], None]] = field(default_factory=list)  # raise for one that could not take over
     exchanged: list[Callable[[State], None]] = field(default_factory=list)  # told when another optimizer has
     along: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = field(default_factory=dict)  # what was made of the
@@ -96,6 +83,7 @@ class State:
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at
     since: float | None = None
     strict: bool = True  # whether a resume refuses what does not fit
+    at_enter: list[Callable[[], None]] = field(default_factory=list)  # the first thing when it is entered again
     at_exit: list[Callable[[BaseException | None], None]] = field(default_factory=list)  # the last thing, once per entry
 
     def __post_init__(self) -> None:
@@ -197,7 +185,12 @@ class State:
             )
         self._logged[name] = value
         if not callable(value) and not self._evaluating:
-            self.metrics[name] = value
+            self.given({name: value})
+
+    def given(self, metrics: Mapping[str, Any]) -> None:
+        """Put what an update gave into `metrics`; what was reported under such a name before is the past."""
+        self.metrics.update(metrics)
+        self.reported.difference_update(metrics)
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers), and then what functions were logged, into `state.metrics` as floats, for the last ones."""

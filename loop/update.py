@@ -74,11 +74,13 @@ class Updates(Session):
         state.step += 1
         state.samples += samples
         state.skip_reason, self._skips = None, 0
-        state.metrics.update(metrics)
+        state.given(metrics)
         if "loss" in metrics:
             self.train_loss.add(metrics["loss"], weight)
         if self.hooks["on_step_end"]:
             self._run("on_step_end")
+        for act in state.after:
+            act(state)
         if state._saves or state._due:
             self._flush()
 

@@ -129,18 +129,20 @@ def each_alone(state: State) -> Iterator[None]:
 
 
 def own_buffers(state: State) -> dict[str, Any]:
-    """Return the buffers that nobody makes the same on all ranks: FSDP2 never does, DDP does with `broadcast_buffers`."""
-    if not state.ranks.together or getattr(state.model, "broadcast_buffers", False):
-        return {}
-    kept = state.model.state_dict(keep_vars=True).keys()
-    return {name: b.detach() for name, b in state.model.named_buffers() if name in kept and not hasattr(b, "device_mesh")}
+    """Return the buffers that the model's state dict leaves out, or that nobody makes the same on all ranks.
+
+    FSDP2 never does, DDP does with `broadcast_buffers`.
+    """
+    alike = not state.ranks.together or getattr(state.model, "broadcast_buffers", False)
+    kept = state.model.state_dict(keep_vars=True).keys() if alike else ()
+    return {n: b.detach() for n, b in state.model.named_buffers() if n not in kept and not hasattr(b, "device_mesh")}
 
 
 def load_buffers(state: State, saved: dict[str, Any]) -> None:
     """Take them back."""
     with torch.no_grad():
         for name, b in state.model.named_buffers():
-            if name in saved and saved[name].shape == b.shape:
+            if name in saved and saved[name].shape == b.shape and not overlapping(b):
                 b.copy_(saved[name])
 
 

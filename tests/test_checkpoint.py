@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
+from torch import nn
 from torch.utils.data import DataLoader
 
 from hookloop.callbacks import (
@@ -387,3 +388,33 @@ def test_st5_an_error_names_the_last_checkpoint(background: bool, form: Any, tmp
     assert run(100) == []
     assert run(2) == [f"the last checkpoint is {tmp_path / 'step-00000004'}"]
     assert run(100) == [f"the last checkpoint is {tmp_path / 'step-00000004'}"]
+
+
+class Counts(nn.Module):
+    """Holds, and uses, buffers that its state dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.register_buffer("wide", torch.zeros(1).expand(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.seen += 1
+        return self.net(x) * (1 + 0.1 * self.seen) + self.wide
+
+
+def test_buffers_that_the_state_dict_leaves_out_go_on_too(tmp_path: Path) -> None:
+    def run(kill: int | None, **given: Any) -> Loop:
+        torch.manual_seed(1)
+        model = Counts()
+        loop = Loop(model, adamw(model), [Seed(0), Checkpoint(tmp_path / str(given), every=1), KillAt(kill)], **given)
+        loop.fit(loss_fn, loader(), epochs=2)
+        return loop
+
+    expected = run(None)
+    with pytest.raises(Killed):
+        run(8, strict=True)
+    resumed = run(None, strict=True, resume=tmp_path / str({"strict": True}))
+    assert_same_bits(bits(expected), bits(resumed))
+    assert resumed.state.model.seen == 14

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, adamw, assert_same_bits, built_in, loader, loss_fn, net
+from helpers import FORMS, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 
 from hookloop.callbacks import Checkpoint, EarlyStopping, Seed
 from hookloop.loop import Callback, Goal, Loop, State
@@ -149,6 +149,30 @@ def test_entered_again_goes_on_from_the_last_weights() -> None:
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     assert_same_bits(run([6]), run([2, 5, 6]))
+
+
+def test_around_a_loop_of_ones_own_it_does_so_before_the_first_forward() -> None:
+    """Which comes before any hook: its gradient is that of the last weights, not of the best."""
+    scores = [1.0, *([2.0] * 8)]  # the first epoch's weights stay the best
+
+    def run(parts: list[int]) -> Any:
+        model = net(noise=False)
+        loop = Loop(model, adamw(model), [EarlyStopping("score", patience=99, restore_best=True)])
+        given, batches = iter(scores), list(loader(shuffle=False))
+        for epochs in parts:
+            with loop:
+                for _ in range(epochs):
+                    for batch in batches:
+                        loss_fn(model, batch)["loss"].backward()
+                        with loop.updating():
+                            loop.state.optimizer.step()
+                        loop.state.optimizer.zero_grad()
+                    loop.report({"score": next(given)})
+        with loop:  # and out again: the best, as before
+            pass
+        return bits(loop)
+
+    assert_same_bits(run([4]), run([2, 2]))
 
 
 def test_a_stopped_run_stays_stopped_when_resumed(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def drive(board: Any, state: State, count: int, offset: float = 0.0) -> None:
         board.on_before_optimizer_step(state)
         state.step, state.samples = state.step + 1, state.samples + 8
         state.metrics["loss"] = torch.tensor(state.step + offset)
-        board.on_step_end(state)
+        board.after_step(state)
 
 
 # ------------------------------------------------------------------------------------------------------------------- TB3

@@ -30,7 +30,7 @@ from hookloop.callbacks import (
 )
 from hookloop.loop import Callback, Loop, State
 from hookloop.loop.hardest import grid, hardest, pictures_of
-from hookloop.loop.state import MicroEnd
+from hookloop.loop.micro_end import MicroEnd
 
 
 def loss_fn(model: nn.Module, batch: Any) -> Any:

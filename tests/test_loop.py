@@ -303,6 +303,25 @@ def test_validate_every_with_entries_and_skips() -> None:
     assert at == [2, 4, 6]
 
 
+def test_validate_every_beside_a_report_of_a_callbacks_own() -> None:
+    seen: list[int] = []
+    loop = make(At("on_step_end", lambda s: loop.report({"mine": 1.0}) if s.step % 2 == 0 else None),
+                At("on_validation_end", lambda s: seen.append(s.step) if "val_loss" in s.reported else None))  # fmt: skip
+    loop.fit(loss_fn, train(), val(), validate_every=4, steps=9)
+    assert seen == [4, 8]
+
+
+@pytest.mark.parametrize("names", [("a", "a_b"), ("a_b", "a")])
+def test_two_validation_loaders_that_give_one_name_are_an_error(names: tuple[str, str]) -> None:
+    def loss(model: nn.Module, batch: Any) -> Any:
+        return {**(found := loss_fn(model, batch)), "b_loss": 2 * found["loss"].detach()}
+
+    with pytest.raises(
+        ValueError, match=rf"the validation loader '{names[1]}' gives 'val_a_b_loss', and so does one before it"
+    ):
+        make().evaluate(loss, {name: val() for name in names})
+
+
 # Errors of the verbs
 
 
@@ -1277,6 +1296,69 @@ def test_around_an_error_in_the_body_puts_the_rate_back() -> None:
         run()
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert loop.state.step == 0
+
+
+def test_around_each_report_is_of_the_losses_since_the_last() -> None:
+    reported: list[float] = []
+    loop = make(At("on_validation_end", lambda s: reported.append(s.metrics["train_loss"])))
+    with loop:
+        for epoch in range(3):
+            for i in range(4):
+                loss_fn(loop.state.model, next(iter(train())))["loss"].backward()
+                with loop.updating(loss=float(10 * epoch + i), samples=8):
+                    loop.state.optimizer.step()
+            loop.validate(loss_fn)
+    assert reported == [1.5, 11.5, 21.5]
+
+
+def test_around_a_scheduler_inside_is_an_error_where_rates_hold_factors() -> None:
+    """It would be put back, without a word, with the factors; with none it may stand where it likes."""
+    for callbacks in ((), (Warmup(5),)):
+        loop = make(*callbacks)
+        optimizer = loop.state.optimizer
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+        def run(loop: Loop = loop, optimizer: Any = optimizer, scheduler: Any = scheduler) -> None:
+            with loop:
+                for x, y, _ in train():
+                    nn.functional.cross_entropy(loop.state.model(x), y).backward()
+                    with loop.updating():
+                        optimizer.step()
+                        scheduler.step()
+
+        if callbacks:
+            with pytest.raises(
+                RuntimeError, match=r"rate was changed from 0\.002 to 0\.\d+ inside.*scheduler\.step\(\) after it"
+            ):
+                run()
+        else:
+            run()
+            assert optimizer.param_groups[0]["lr"] == 0.01 / 2 ** len(train())
+
+
+def test_around_an_update_without_an_optimizers_step_is_told_once() -> None:
+    loop = make()
+
+    def run() -> None:
+        with loop:
+            for _ in range(3):
+                with loop.updating():
+                    pass
+
+    with pytest.warns(UserWarning, match=r"made no step inside `with loop\.updating") as told:
+        run()
+    assert len(told) == 1
+
+
+def test_around_a_resumed_run_says_that_it_does_not_know_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for resume in (None, tmp_path):
+        model = net(noise=False)
+        loop = Loop(model, adamw(model), [Checkpoint(tmp_path, every=1)], resume=resume)
+        for _ in range(2):
+            with loop:
+                steps_of(list(loader(20, 8)), model, loop.state.optimizer, loop)
+        said = [line for line in caplog.messages if "resumed after 6 updates" in line and "yours to find" in line]
+        assert len(said) == (resume is not None)
 
 
 # Two Loops

@@ -69,7 +69,7 @@ def drive(board: TensorBoard, state: State, count: int, offset: float = 0.0, val
         board.on_before_optimizer_step(state)
         state.step, state.samples = state.step + 1, state.samples + 8
         state.metrics["loss"] = torch.tensor(state.step + offset)
-        board.on_step_end(state)
+        board.after_step(state)
         if state.step in val:
             state.report({"val_loss": state.step + offset})
             board.on_validation_end(state)
@@ -146,8 +146,24 @@ def test_reports_and_step_values_have_tags_of_their_own(tmp_path: Path) -> None:
     assert curves["report/fid"] == [(3, 0.0), (6, 1.0)]
     assert steps(curves, "report/train_loss") == [3, 6]
     assert steps(curves, "train/early_stopping") == [4, 6]
-    assert curves["train/temperature"] == [(2, 1.5), (4, 3.5), (6, 5.5)]  # Logs stands after TensorBoard
+    assert curves["train/temperature"] == [(1, 1.5), (2, 2.5), (4, 4.5), (6, 6.5)]  # though Logs stands after TensorBoard
     assert not [tag for tag in curves if "words" in tag or "vector" in tag or tag in ("train/fid", "train/train_loss")]
+
+
+def test_what_was_reported_under_a_steps_name_does_not_end_its_curve(tmp_path: Path) -> None:
+    model = net()
+    loop = Loop(model, adamw(model), [TensorBoard(tmp_path, every=1)])
+    with loop:
+        for _ in loop.epochs(2):
+            for step in loop.steps(loader(24, 8)):
+                for micro in step:
+                    with micro:
+                        micro.backward(loss_fn)
+                loop.update()
+            loop.report({"loss": 1.0})
+    curves = read(tmp_path)
+    assert steps(curves, "train/loss") == [1, 2, 3, 4, 5, 6]
+    assert curves["report/loss"] == [(3, 1.0), (6, 1.0)]
 
 
 def test_groups_table_and_hparams(tmp_path: Path) -> None:
@@ -184,7 +200,7 @@ def test_not_finite_values_and_any_names_are_stored(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf"), -float("inf"), 1e300):
         state.step += 1
         state.metrics = {"loss": torch.tensor(value, dtype=torch.float64), "größe/α β": 1}
-        board.on_step_end(state)
+        board.after_step(state)
     board.on_fit_end(state)
     curves = read(tmp_path)
     assert [str(value) for _, value in curves["train/loss"]] == ["nan", "inf", "-inf", "inf"]
