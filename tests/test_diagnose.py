@@ -273,7 +273,7 @@ def test_around_a_loop_of_ones_own_and_in_tensorboard(tmp_path: Path) -> None:
     blind, optimizer = Diagnose(), adamw(net())
     with Loop(model := net(), adamw(model), [blind]) as loop, pytest.raises(ValueError, match=r"with loop.updating\(loss="):  # noqa: SIM117
         with loop.updating():
-            pass
+            loop.state.optimizer.step()
 
 
 def test_rates_that_are_tensors_and_no_validation() -> None:

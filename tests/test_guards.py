@@ -363,7 +363,7 @@ def test_st8_all_parameters_frozen_around_a_loop() -> None:
     """A loop of one's own may freeze and unfreeze at any time, as those of a GAN do."""
     loop = make(model=net().requires_grad_(False))
     with loop, loop.updating():
-        pass
+        loop.state.optimizer.step()
     assert loop.state.step == 1
 
 
