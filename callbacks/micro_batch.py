@@ -19,12 +19,12 @@ class MicroBatch(Callback):
     `"auto"` measures what the first updates take at growing sizes and goes to the largest predicted to fit under
     `headroom` of what the process may hold, in multiples of `multiple_of` (where it is that large); with
     `target="throughput"` it stops where a doubling gains less than 3% samples/s, with `"memory"` nowhere. It looks again
-    every 16 updates. Where memory runs out all the same, the step is redone from its own data in halves, gradients
-    cleared, torch's generators and module buffers put back: the run equals one that used the smaller size from that step
-    on. Where a device reports no memory (the CPU) it starts with whole batches and only halves. Validation shrinks a size
-    of its own. `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each update, and
-    repeats one that ran out of memory. BatchNorm's statistics are those of each micro-batch. Times differ between runs,
-    and so may sizes; "memory" takes none. `memory`: what measures (default: the device). Raises ValueError when misused.
+    every 16 updates. Where memory runs out all the same, the step is redone from its own data in halves (at a number it is an
+    error), gradients cleared, torch's generators and module buffers put back: the run equals one that used the smaller size
+    from that step on. Where a device reports no memory (the CPU) it starts with whole batches and only halves. Validation
+    shrinks a size of its own. `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each
+    update, and repeats one that ran out of memory. BatchNorm's statistics are those of each micro-batch. Times differ between
+    runs, and so may sizes; "memory" takes none. `memory`: what measures (None: the device). Raises ValueError when misused.
     """
 
     owns, planned, of_rank = ("micro_batch_size",), True, True
