@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def test_token_weights_are_exact_on_a_tiny_transformer() -> None:
     for a, b in zip(whole, seen, strict=True):
         for x, y in zip(a, b, strict=True):
             assert torch.linalg.norm(x - y) <= 1e-5 * torch.linalg.norm(x)  # after steps that differed so
+
+
+def test_a_process_that_a_search_starts_finds_train_in_the_file_and_starts_no_search(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(snippet("search"))
+    pytest.importorskip("optuna")
+    found = runpy.run_path(str(tmp_path / "mine.py"), run_name="__mp_main__")  # as torch's and Python's own spawn does
+    assert callable(found["train"])
+    assert "found" not in found
 
 
 def test_it_lists_every_callback_and_every_hook_in_order() -> None:
