@@ -40,8 +40,8 @@ class DynamicBatchSize(Callback):
     """Grows the batch size by a factor, when its policy says so, up to `maximum` samples.
 
     `every`: the policy. A number: so many epochs. `Steps(n)`: so many updates. A table `{epoch: size}`, or
-    `Steps({step: size})`: these sizes, from there on. A `Goal`: each time the metric's patience is used up, where a
-    schedule would divide the rate (Smith et al. 2018, https://arxiv.org/abs/1711.00489). `NoiseScale()`: while the
+    `Steps({step: size})`: these sizes, from there on. A metric's name or `Goal`: each time its patience is used up, where
+    a schedule would divide the rate (Smith et al. 2018, https://arxiv.org/abs/1711.00489). `NoiseScale()`: while the
     gradients' noise asks for more. The size is honoured to the sample whatever the loader's own batch is, and each sample
     is still used once an epoch. The unrounded product grows; sizes are its multiples of `multiple_of`, and never more
     than an epoch holds. With `GradientAccumulation(n)` an update holds n such batches; with `MicroBatch("auto")` a batch
@@ -52,7 +52,7 @@ class DynamicBatchSize(Callback):
     owns, planned = ("batch_size",), True
 
     def __init__(self, initial: int, maximum: int, growth: float = 1.5,
-                 every: int | Goal | Mapping[int, int] | Policy = 1, multiple_of: int = 1,
+                 every: int | str | Goal | Mapping[int, int] | Policy = 1, multiple_of: int = 1,
                  scale_lr: str = "none") -> None:  # fmt: skip
         for name, value in (("initial", initial), ("maximum", maximum), ("multiple_of", multiple_of)):
             whole(name, value, 1, none=False)
@@ -64,12 +64,13 @@ class DynamicBatchSize(Callback):
             raise ValueError(f"growth must be a factor above 1, not {growth!r}")
         among("scale_lr", scale_lr, tuple(RATES))
         policy: Any = every
-        if isinstance(every, Goal):
+        if isinstance(every, str | Goal) and every not in ("step", "epoch"):  # which no program means as a metric here
             policy = Plateau(every)
         elif isinstance(every, int | Mapping):
             policy = Epochs(every)
         elif not isinstance(every, Policy):
-            raise ValueError(f"every must be a number of epochs, a table, a Goal or a policy such as Steps(100), not {every!r}")
+            raise ValueError("every must be a number of epochs, a table, a metric's name or Goal, or a policy such as "
+                             f"Steps(100), not {every!r}")  # fmt: skip
         for position, size in (policy.table or {}).items():
             if size > maximum or size % multiple_of:
                 raise ValueError(f"the table's size {size}, from {position} on, must be a multiple of {multiple_of} and at most "

@@ -130,6 +130,15 @@ def test_a_plateau_without_a_loop() -> None:
     assert (Plateau("val_loss").watches, DynamicBatchSize(4, 8, every=Goal("acc", "max")).watches) == (("val_loss",), ("acc",))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_plain_name_is_a_goal_with_the_defaults(form: Any) -> None:
+    def sizes(every: Any) -> Any:
+        return run(form, [DynamicBatchSize(4, 16, every=every)], 8, loader(20, 8, shuffle=False))[1].planned
+
+    assert sizes("val_accuracy") == sizes(Goal("val_accuracy"))
+    assert len(set(sizes("val_accuracy"))) > 1
+
+
 # Through a Loop
 
 
@@ -291,7 +300,7 @@ def test_an_epoch_smaller_than_the_initial_size() -> None:
     (lambda: Steps(0), r"every must be a whole number, at least 1, not 0"),
     (lambda: Steps("x"), r"every must be a whole number, at least 1, not 'x'"),  # type: ignore[arg-type]
     (lambda: Plateau(""), r"metric must be the name of a metric, such as 'val_loss', not ''"),
-    *((lambda v=v: DynamicBatchSize(8, 16, every=v), r"every must be ") for v in ("x", None, 2.5, True, 0, [1, 2])),
+    *((lambda v=v: DynamicBatchSize(8, 16, every=v), r"every must be ") for v in ("step", "epoch", None, 2.5, True, 0, [1, 2])),
 ])  # fmt: skip
 def test_bad_settings(make: Callable[[], Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
