@@ -14,7 +14,7 @@ Decay = float | Callable[[float], float]
 
 
 def spares(name: str, owner: nn.Module, p: Tensor) -> bool:
-    """Tell whether a parameter is a bias, at most a vector, or a norm's: by its module's class, not by its name."""
+    """Tell whether a parameter is at most a vector, a bias by its own name, or a norm's by its module's classes' names."""
     return p.ndim <= 1 or name.split(".")[-1] == "bias" or is_norm(owner)
 
 
