@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ..loop.callback import Callback
-from ..loop.checks import among, whole
 from ..loop.depth import bare
 from ..loop.state import State
 from ..loop.store import Named
@@ -34,13 +33,8 @@ class Average(Callback):
 
     def __init__(self, kind: str = "ema", decay: float = 0.999, *, start: float = 0, every: int = 1,
                  batch_norm: str = "average", forward: Callable[[nn.Module, Any], Any] | None = None) -> None:  # fmt: skip
-        among("kind", kind, ("ema", "swa"))
-        among("batch_norm", batch_norm, ("average", "measure"))
-        check(decay, batch_norm, forward)
-        whole("every", every, 1, none=False)
-        if not (isinstance(start, float) and 0 < start < 1):
-            whole("start (an update, or a share of the run between 0 and 1)", start, 0, none=False)
-        self.start, self.every, self.count = start, every, 0
+        check(kind, decay, start, every, batch_norm, forward)
+        self.kind, self.start, self.every, self.count = kind, start, every, 0
         self.batch_norm, self.forward = batch_norm, forward or first_argument
         self.model: nn.Module | None = None
         self._named: Named | None = None
@@ -110,11 +104,13 @@ class Average(Callback):
             measure(self.forward, average, norms, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average and of how many."""
+        """Return the average, of how many, and of what kind."""
         model = self._saved if self._named is None else dict(self._named.model_state())
-        return {"count": self.count, "from": self._from, "model": model}
+        return {"kind": self.kind, "count": self.count, "from": self._from, "model": model}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back; raises ValueError for an average of another kind."""
+        if (kind := state.get("kind", self.kind)) != self.kind:  # the one goes on from no value of the other
+            raise ValueError(f"it averages by {self.kind!r} here and by {kind!r} in the checkpoint")
         self.count, self._saved = state["count"], state["model"]
         self._from = self._from if isinstance(self.start, int) else state["from"]

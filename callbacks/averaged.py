@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..loop.checks import share
+from ..loop.checks import among, share, whole
 from ..loop.wrapped import sharded
 
 Take = Callable[[list[Tensor], list[Tensor], int], Any]
 
 
-def check(decay: float, batch_norm: str, forward: Any) -> None:
-    """Refuse a decay that moves nothing, and a forward that is none or would never run."""
+def check(kind: str, decay: float, start: float, every: int, batch_norm: str, forward: Any) -> None:
+    """Refuse bad settings, a decay that moves nothing, and a forward that is none or would never run."""
+    among("kind", kind, ("ema", "swa"))
+    among("batch_norm", batch_norm, ("average", "measure"))
+    whole("every", every, 1, none=False)
+    if not (isinstance(start, float) and 0 < start < 1):
+        whole("start (an update, or a share of the run between 0 and 1)", start, 0, none=False)
     share("decay", decay)
     if decay == 1:
         raise ValueError("decay must be below 1, not 1, which would keep the first weights for good")

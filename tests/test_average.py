@@ -223,6 +223,21 @@ def test_a_wrapped_model_resumes_its_average_also_without_the_wrapper(tmp_path: 
         assert_same_bits(dict(expected.model.state_dict()), dict(average.model.state_dict()))  # type: ignore[union-attr]
 
 
+def test_an_average_of_another_kind_is_refused_and_one_saved_before_it_was_told_is_taken(tmp_path: Path) -> None:
+    run(built_in, Average(), Checkpoint(tmp_path), epochs=1)
+    average = Average("swa")
+    with pytest.raises(ValueError, match="Average does not take its state: it averages by 'swa' here and by 'ema' in the"):
+        run(built_in, average, epochs=2, resume=tmp_path)
+    assert (average.count, average.model) == (0, None)
+    with pytest.warns(UserWarning, match="Average does not take its state"):
+        run(built_in, average := Average("swa"), epochs=2, resume=tmp_path, strict=False)
+    assert average.count == 5
+    old = run(built_in, average := Average("swa"), epochs=1).callbacks[-1].state_dict()
+    other = Average()
+    other.load_state_dict({name: value for name, value in old.items() if name != "kind"})
+    assert other.count == average.count == 5
+
+
 def test_it_is_in_the_checkpoint_for_a_program_without_hookloop(tmp_path: Path) -> None:
     loop = run(built_in, average := Average(decay=0.9), folder := Checkpoint(tmp_path))
     found = torch.load(max(folder.folder.glob("step-*")) / "state.pt", weights_only=True)["callbacks"]["Average"]["model"]
@@ -231,7 +246,7 @@ def test_it_is_in_the_checkpoint_for_a_program_without_hookloop(tmp_path: Path) 
 
 
 def test_it_begins_anew_where_layers_do_not_fit(tmp_path: Path) -> None:
-    run(built_in, Average(), Checkpoint(tmp_path), epochs=1)
+    run(built_in, Average("swa"), Checkpoint(tmp_path), epochs=1)
     model, average = net(), Average("swa")
     model[4] = nn.Linear(12, 5)
     loop = Loop(model, adamw(model), [Seed(3), average, Checkpoint(tmp_path)], resume=tmp_path, strict=False)
