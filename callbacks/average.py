@@ -60,8 +60,8 @@ class Average(Callback):
         """Turn a share into updates, and go on with the average that was saved."""
         if self._from is None:
             if state.total_steps is None:
-                raise ValueError(f"start={self.start} is a share of the run, whose length is not known: give steps= to fit or "
-                                 "epochs, or start as a whole number of updates")  # fmt: skip
+                raise ValueError(f"start={self.start} is a share of the run, whose length is not known: give a whole number "
+                                 "of updates, or steps= to fit or epochs, where one of them runs it")  # fmt: skip
             self._from = int(self.start * state.total_steps)
         saved, self._saved = self._saved, None
         if saved is not None and (amiss := Named(state.model, state.optimizer).model_misfits(saved)):  # with strict=False

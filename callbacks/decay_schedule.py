@@ -90,8 +90,8 @@ class DecaySchedule(Callback):
         self._follows(state.optimizer)
         if self._resolved is None and self.schedule != "rate":
             if state.total_steps is None:
-                raise ValueError(f"DecaySchedule({self.schedule!r}) spans the run, whose length is not known: give steps= to fit "
-                                 "or epochs, or to DecaySchedule")  # fmt: skip
+                raise ValueError(f"DecaySchedule({self.schedule!r}) spans the run, whose length is not known: give it steps= of "
+                                 "its own, or steps= to fit or epochs, where one of them runs it")  # fmt: skip
             self._resolved = state.total_steps
         elif self._resolved and self.steps is None and state.total_steps not in (None, self._resolved):
             warnings.warn(f"DecaySchedule goes on with a length of {self._resolved} updates, and the run has {state.total_steps} "

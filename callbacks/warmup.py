@@ -60,8 +60,8 @@ class Warmup(Callback):
         """Turn a share into updates."""
         if self._resolved is None:
             if state.total_steps is None:
-                raise ValueError(f"Warmup({self.steps}) is a share of the run, whose length is not known: give steps= to "
-                                 "fit or epochs, or a whole number of updates to Warmup")  # fmt: skip
+                raise ValueError(f"Warmup({self.steps}) is a share of the run, whose length is not known: give a whole "
+                                 "number of updates, or steps= to fit or epochs, where one of them runs it")  # fmt: skip
             self._resolved = math.ceil(self.steps * state.total_steps)
 
     def on_before_optimizer_step(self, state: State) -> None:

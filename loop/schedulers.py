@@ -123,7 +123,8 @@ def told(length: int | None, act: Callable[..., Any], *args: Any) -> Any:
         if length is not None:
             raise
         raise ValueError(f"{error}; the scheduler was built with total_steps=None, since the run's length is not known: if it "
-                         "needs it, give steps= to fit or epochs") from error  # fmt: skip
+                         "needs it, give it a number of its own, or steps= to fit or epochs, where one of them runs "
+                         "it") from error  # fmt: skip
 
 
 def check_same(kind: str, here: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -313,5 +313,5 @@ def test_what_can_not_be_told() -> None:
     with pytest.raises(ValueError, match=r"can't tell what of a dict the model takes: give forward=fn\(model, batch\)"):
         loop.fit(lambda m, b: m(b["x"]).square().mean(), data, epochs=1)
     model = net()
-    with pytest.raises(ValueError, match=r"start=0\.5 is a share of the run, whose length is not known"):
+    with pytest.raises(ValueError, match=r"start=0\.5 .*: give a whole number of updates, or steps= to fit or epochs, where"):
         Loop(model, adamw(model), [Average(start=0.5)]).fit(loss_fn, iter(list(loader())), epochs=1)

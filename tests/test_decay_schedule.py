@@ -234,12 +234,12 @@ def test_the_horizon_is_the_runs_and_without_one_it_says_what_to_give() -> None:
         return Loop(model, adamw(model), [DecaySchedule(schedule)])
 
     with pytest.raises(
-        ValueError, match=r"DecaySchedule\('linear'\) spans the run, whose length is not known: give steps= to fit"
+        ValueError, match=r"DecaySchedule\('linear'\) spans the run, .* not known: give it steps= of its own, or steps= to fit"
     ):
         anew().fit(loss_fn, Stream(), epochs=1)
     assert anew().fit(loss_fn, Stream(), steps=4).step == 4
     assert anew("rate").fit(loss_fn, Stream(), epochs=1).step == 7
-    with pytest.raises(ValueError, match="or to DecaySchedule"), anew() as around, around.updating():
+    with pytest.raises(ValueError, match="give it steps= of its own, or"), anew() as around, around.updating():
         pass
     with pytest.raises(
         RuntimeError, match=r"DecaySchedule\('linear'\) spans the run: run its on_fit_start first, or give steps="

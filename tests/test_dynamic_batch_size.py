@@ -93,7 +93,7 @@ def test_grows_when_a_metric_stops_improving(tmp_path: Path) -> None:
 def test_growth_by_a_metric_gives_no_length_to_take_a_share_of() -> None:
     model = net()
     loop = Loop(model, adamw(model), [DynamicBatchSize(4, 30, every=Goal("val_loss")), Warmup(0.1)])
-    with pytest.raises(ValueError, match=r"Warmup\(0.1\) is a share .* give steps="):
+    with pytest.raises(ValueError, match=r"Warmup\(0.1\) is a share .* or steps= to fit"):
         built_in(loop, loss_fn, loader(), loader(), epochs=2)
     model = net()
     loop = Loop(model, adamw(model), [DynamicBatchSize(4, 30, every=Goal("val_loss")), Warmup(0.1)])

@@ -329,11 +329,15 @@ def test_a_length_that_is_not_known() -> None:
 
     for name in ("linear", "cosine", "polynomial", "cosine_restarts", "wsd", "one_cycle"):
         with pytest.raises(
-            ValueError, match=rf"Schedule\('{name}'\) goes over the whole run.*its own steps=.*give steps= to fit"
+            ValueError, match=rf"Schedule\('{name}'\) goes over the whole run.*its own steps=.*or steps= to fit or epochs"
         ):
             run(Stream(), Schedule(name), epochs=1)
         assert run(Stream(), Schedule(name), steps=4) == 4
         assert run(Stream(), Schedule(name, steps=9), epochs=1) == 7
+        model = net()  # around a loop of one's own no other steps= is there to give
+        around = Loop(model, adamw(model), [Schedule(name)])
+        with pytest.raises(ValueError, match=r"its own steps= .*give it a number of its own"), around, around.updating():
+            pass
     assert run(Stream(), Schedule("inverse_sqrt", after=2), epochs=1) == 7
     with pytest.raises(ValueError, match="goes over the whole run"):
         run(Stream(), Schedule("inverse_sqrt", after=0.1), epochs=1)
