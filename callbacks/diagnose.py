@@ -26,11 +26,11 @@ class Diagnose(Callback):
 
     It goes by each update's loss and the report's `metric` (None: "val_loss" where that is reported, else training alone).
     `target`: the training loss that is good enough (None: a tenth of the first update's; name one where that is none, as for a
-    language model, or for a net that begins trained: its losses spread by more than the first, and only the first two kinds
-    are told). The words go to the log `hookloop`; `finding` holds the last, `state.metrics["diagnose/<kind>"]` is 1 for it,
-    one of divergence, rate_too_high, noise, overfitting, plateau, rate_too_low, underfitting; all but the first two need four
-    reports, at even distances, the last three a loss above 0. Losses travel to the host meanwhile, and are waited for at a
-    report, a save and the end. Raises ValueError for bad settings and updates without a loss, KeyError for a missing metric.
+    language model, or for a net that begins trained: its losses spread by more than the first, and only the first two kinds are
+    told). The words go to the log `hookloop`; `finding` holds the last, `state.metrics["diagnose/<kind>"]` is 1 for it
+    (TensorBoard's `report/diagnose/<kind>`), one of divergence, rate_too_high, noise, overfitting, plateau, rate_too_low,
+    underfitting; all but the first two need four reports, at even distances, the last three a loss above 0. Losses are waited
+    for at reports, saves and the end. Raises ValueError for bad settings or no losses, KeyError for a missing metric.
     (Ng 2018, Machine Learning Yearning; Smith 2018, arXiv:1803.09820; Bengio 2012, arXiv:1206.5533; Karpathy 2019, A Recipe)
     """
 

@@ -24,7 +24,8 @@ class EarlyStopping(Callback):
     improvement until then starts the count anew. `restore_best`: the model leaves training, by any way, with the weights and
     buffers of its best report (one callback in a list may do so); entered again, it goes on from its last. `nan`: "stop" at a
     value that is not finite, or "ignore" it as one that is no improvement. The reason is in `state.stop_reason`, the count in
-    `state.metrics["early_stopping"]`. Raises ValueError for bad settings, KeyError for a metric that was not reported.
+    `state.metrics["early_stopping"]` (TensorBoard's `train/early_stopping`). Raises ValueError for bad settings, KeyError for a
+    metric that was not reported.
     """
 
     beside = ("weights",)

@@ -17,8 +17,8 @@ class Fingerprint(Callback):
 
     They are of weights, buffers and the optimizer's state as the first forward finds them, of the batch (the same in any
     cut), of the generators after each micro-batch, and of the gradients as the optimizer gets them; 24 bits of each, under
-    `fingerprint/...`, which TensorBoard writes where its own `every` meets this one. Around a loop of your own there is no
-    batch. Computed on the device in integers, without a wait: a pass over all of these at that interval.
+    `train/fingerprint/<kind>`, where TensorBoard's own `every` meets this one. Around a loop of your own there is no batch.
+    Computed on the device in integers, without a wait: a pass over all of these at that interval.
     `python -m hookloop.loop compare RUN_A RUN_B` reads them. Raises ValueError for a bad `every`.
     """
 

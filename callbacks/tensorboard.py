@@ -17,13 +17,14 @@ class TensorBoard(Callback):
     """Writes TensorBoard curves at the first and every `every`-th applied update and at each report, over `state.step`.
 
     `train/<name>` (the loss, and every other number of a step), `rate/group<i>` (what the update used), `decay/group<i>`,
-    `batch/size`, `batch/micro_size`, `batch/accumulate`, `batch/grad_norm` (`grad_norm=True`), `speed/samples_per_s`
-    (since the last such point or report), `memory/device_gib` (peak) or `memory/process_gib`, `progress/epoch`,
-    `progress/samples`, `progress/skipped`, `val/<name>` for a reported `val_<name>`, `report/<name>` for any other; the
-    table `parameter_groups`; for HParams the optimizer's settings, batch size, accumulation, seed and your `settings`.
-    A run goes on without overlap after a kill, and hides what others in its folder hold from its first step on: give
-    other writers their own. Rank 0 writes. Raises ValueError for bad settings and for a folder that another TensorBoard
-    writes, OSError at the start for one that can't be written; what fails later is one warning, and training goes on.
+    `batch/size`, `batch/micro_size`, `batch/accumulate`, `batch/grad_norm` (`grad_norm=True`), `speed/samples_per_s` (since the
+    last such point or report), `speed/seconds` (of the run, inside `with loop`), `memory/device_gib` (peak) or
+    `memory/process_gib`, `progress/epoch`, `progress/samples`, `progress/skipped`, `val/<name>` for a reported `val_<name>`,
+    `report/<name>` for any other; the table `parameter_groups`; for HParams the optimizer's settings, batch size, accumulation,
+    seed and your `settings`. A run goes on without overlap after a kill, and hides what others in its folder hold from its
+    first step on: give other writers their own. Rank 0 writes. Raises ValueError for bad settings and for a folder that another
+    TensorBoard writes, OSError at the start for one that can't be written; what fails later is one warning, and training goes
+    on.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 50, grad_norm: bool = False,

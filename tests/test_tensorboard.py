@@ -22,7 +22,9 @@ from tensorboard.util import tensor_util
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookloop.callbacks.checkpoint import Checkpoint
+from hookloop.callbacks.diagnose import Diagnose
 from hookloop.callbacks.early_stopping import EarlyStopping
+from hookloop.callbacks.fingerprint import Fingerprint
 from hookloop.callbacks.gradient_accumulation import GradientAccumulation
 from hookloop.callbacks.progress import Progress
 from hookloop.callbacks.seed import Seed
@@ -95,6 +97,22 @@ def test_curves(form: Any, tmp_path: Path) -> None:
     assert curves["progress/samples"] == [(1, 16), (5, 66), (10, 132)]
     assert curves["progress/epoch"] == [(1, 0), (5, 1), (10, 2)]
     assert all(value > 0 for tag in ("speed/samples_per_s", "speed/seconds", "memory/process_gib") for _, value in curves[tag])
+
+
+def test_docstrings_name_every_tag(tmp_path: Path) -> None:
+    """TensorBoard's those of a run, and those of callbacks that log the tags where they are found."""
+    model, own = net(), (EarlyStopping("val_loss"), Diagnose(), Fingerprint(1))
+    loop = Loop(model, adamw(model), [TensorBoard(tmp_path, every=1, grad_norm=True), *own])
+    built_in(loop, loss_fn, loader(), loader(), epochs=2)
+    written, told = set(read(tmp_path)), str(TensorBoard.__doc__)
+    for tag in written:
+        family = re.sub(r"^(train|val|report)/.*", r"\1/<name>", tag.replace("group0", "group<i>"))
+        assert f"`{family}`" in told, tag
+    assert "train/early_stopping" in written
+    assert "`train/early_stopping`" in str(EarlyStopping.__doc__)
+    for kind, callback in (("report/diagnose/", Diagnose), ("train/fingerprint/", Fingerprint)):
+        assert any(tag.startswith(kind) for tag in written)
+        assert f"`{kind}<kind>`" in str(callback.__doc__)
 
 
 def test_around_a_loop_of_the_users_own(tmp_path: Path) -> None:
