@@ -228,17 +228,49 @@ def test_every_kind_of_loader_and_end(which: str, shape: str, end: Any) -> None:
 
 class Stream(IterableDataset):
     def __iter__(self) -> Any:
-        return iter(Samples(400))
+        return iter(Samples(50))
 
 
-@pytest.mark.parametrize("shape", ["none", "accumulation", "growth by updates", "micro-batches"])
-def test_a_stream_with_a_given_end_is_of_full_batches(shape: str) -> None:
+class Counted(Stream):
+    def __len__(self) -> int:
+        return 50
+
+
+PASSES: dict[str, Any] = {  # by what a stream leaves unknown, beside update and micro-batch sizes
+    "none": ((), list), "accumulation": ((), SHAPES["accumulation"]), "micro-batches": ((), SHAPES["micro-batches"]),
+    "a table of accumulation": (("accumulate",), SHAPES["a table of accumulation"]),
+    "growth": (("rates", "batch_size"), SHAPES["growth"]), "growth by updates": ((), SHAPES["growth by updates"]),
+    "epochs beyond its end": ((), lambda: [GradientAccumulation({90: 2})]),
+    "a scheduler by epochs": (("rates",), lambda: [Schedule(lambda o, n: lrs.StepLR(o, 1, 0.5), on="epoch")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PASSES)
+@pytest.mark.parametrize("counted", [False, True])
+def test_of_a_stream_what_hangs_on_where_it_ends_is_unknown_and_all_else_what_a_run_uses(shape: str, counted: bool) -> None:
     def callbacks() -> list[Callback]:
-        return [*SHAPES[shape](), Schedule("cosine"), Warmup(0.5)]
+        own = PASSES[shape][1]()
+        return own if shape == "a scheduler by epochs" else [*own, Schedule("cosine"), Warmup(0.5)]
 
-    stream = DataLoader(Stream(), batch_size=8)
-    expected = run(callbacks(), stream, model=net(noise=False), steps=9)
-    assert told(callbacks(), stream, model=net(noise=False), steps=9) == expected
+    stream = DataLoader(Counted() if counted else Stream(), batch_size=8)
+    expected = run(callbacks(), stream, model=net(noise=False), steps=20)
+    found = preview(callbacks(), stream, steps=20, optimizer=adamw(net(), 0.1), model=net(noise=False))
+    by_batches = counted and not any("batch_size" in c.owns for c in callbacks())  # passes are counted in batches then
+    unknown = {"update_size", "micro_batch_size"} | (set() if by_batches else set(PASSES[shape][0]))
+    assert set(found.unknown) == unknown
+    why = "does not tell its batches' sizes" if by_batches else f"tells no {'number of samples' if counted else 'length'}"
+    assert set(found.unknown.values()) == {f"the loader {why}"}
+    for name in {*ARRAYS} - unknown - (set() if by_batches else {"epochs"}):
+        assert getattr(found, name).tolist() == expected[name], name
+    assert "?" in found.table()
+    assert found.figure().axes
+
+
+def test_a_stream_that_tells_batches_and_no_samples_needs_an_end_where_batch_sizes_go_by_samples() -> None:
+    counted = DataLoader(Counted(), batch_size=8)
+    with pytest.raises(ValueError, match=r"^the loader tells no number of samples, so nothing says when .*: give steps="):
+        preview([DynamicBatchSize(4, 16)], counted, epochs=3)
+    assert len(preview([Warmup(4)], counted, epochs=3)) == 3 * 7
 
 
 def test_a_loader_that_tells_no_sizes() -> None:
@@ -259,9 +291,10 @@ def test_a_loader_that_tells_no_sizes() -> None:
         found = preview([Warmup(4), GradientAccumulation({1: 2})], Batches(count), **end, optimizer=adamw(net(), 0.1))
         assert found.rates is not None
         assert found.rates.tolist() == expected["rates"]
-        assert found.accumulate.tolist() == expected["accumulate"]
+        assert (None if found.accumulate is None else found.accumulate.tolist()) == (expected["accumulate"] if count else None)
         assert found.update_size is found.batch_size is found.micro_batch_size is None
-        assert found.unknown["update_size"] == "the loader does not tell its batches' sizes"
+        why = "does not tell its batches' sizes" if count else "tells no length"
+        assert found.unknown["update_size"] == f"the loader {why}"
         assert "update_size not known: the loader" in found.table()
     with pytest.raises(ValueError, match=r"the loader tells no length.*give steps=, or a list of batches"):
         preview([Warmup(4)], Batches(None), epochs=1)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import warnings
 from array import array
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,19 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, IterableDataset
 
 from ... import callbacks as ours
 from ...callbacks.rate_curves import Curve
-from .. import batch as batches
 from ..callback import Callback
 from ..checks import check_end, check_loader, check_optimizer, say
 from ..dispatch import check, overridden
 from ..groups import describe
-from ..order import extent
 from ..plan import count_steps
-from ..rng import isolated
 from ..state import State
+from .passes import gather, largest_micro, loader_sizes
 from .previewed import SAMPLES, Preview
 
 BY_MEASURE = {"on_micro_end", "on_exception", "on_validation_end"}  # what goes by these, no preview can know
@@ -45,10 +40,10 @@ def preview(callbacks: Iterable[Callback], loader: Any, *, epochs: int | None = 
 
     The hooks of callbacks with `planned = True` run on copies, so that what is given stays as it is; samples are taken to
     be of one shape, so that batches join. `loader`: the run's, or a list of batches that stands for it; one that tells no
-    length is one epoch without an end, of full batches, and needs `steps`. Without `optimizer`, rates are factors on 1;
-    `model` is what rules on names need. What a run measures is None, and `unknown` says by whom; rates go on as if no
-    update was skipped, and to the planned end. `left_out`: callbacks of your own that may change an update and say no
-    `planned`. Under CUDAGraph rates are rounded to float32. Raises ValueError where batch sizes hang on what is measured,
+    length needs `steps`, and what hangs on where its passes end is not known. Without `optimizer`, rates are factors on 1;
+    `model` is what rules on names need. What is not known is None, and `unknown` says why, or by whom it is measured; rates go
+    on as if no update was skipped, and to the planned end. `left_out`: callbacks of your own that may change an update and say
+    no `planned`. Under CUDAGraph rates are rounded to float32. Raises ValueError where batch sizes hang on what is measured,
     for callbacks that have run, and for a run without an end; TypeError for what can't be copied.
     """
     given = tuple(callbacks) if not isinstance(callbacks, Callback) else (callbacks,)
@@ -60,27 +55,29 @@ def preview(callbacks: Iterable[Callback], loader: Any, *, epochs: int | None = 
             raise ValueError(f"{type(callback).__name__} has run already, and would be previewed from where it stands; give "
                              "new callbacks")  # fmt: skip
     known, unknown, left_out = sort(given)
-    state, mine, noise = shadow(known, [c for c in given if isinstance(c, ours.NoiseScale)], loader, optimizer, model)
-    sizes = loader_sizes(loader, any("batch_size" in c.owns for c in mine))
+    noise = [c for c in given if isinstance(c, ours.NoiseScale)]
+    sizes, untold = loader_sizes(loader, any("batch_size" in c.owns for c in known))
     if sizes == []:
         raise ValueError("the loader gives 0 batches; give it more data or a smaller batch")
     if sizes is None and steps is None:
-        raise ValueError("the loader tells no length, so nothing says when the run ends: give steps=, or a list of batches "
-                         "that stands for the loader, such as [torch.empty(32, 1)] * 1000")  # fmt: skip
+        raise ValueError(f"{untold}, so nothing says when the run ends: give steps=, or a list of batches that stands for the "
+                         "loader, such as [torch.empty(32, 1)] * 1000")  # fmt: skip
+    first, *again = [Simulation(*shadow(known, noise, loader, optimizer, model), sizes) for _ in range(1 + (sizes is None))]
     with warnings.catch_warnings():  # a scheduler's first step finds that no optimizer has stepped
         warnings.filterwarnings("ignore", message=r"Detected call of `lr_sch|Seems like `optimizer.step")
         try:
-            found = Simulation(state, mine, noise, sizes).run(epochs, steps)
+            found = first.run(epochs, steps)
         except Exception as error:
             if model is None:
                 say(error, "in a preview without model=, whose names and layers rules go by")
             raise
+    unknown = dict.fromkeys([name for one in again for name in by_epochs(found, one, steps)], untold) | unknown
     for name in unknown:
         found[name] = None
     missing = [n for n in SAMPLES if found[n] is not None and not found[n].all()]
-    unknown |= dict.fromkeys(missing, "the loader does not tell its batches' sizes")
+    unknown |= dict.fromkeys(missing, untold)
     found |= dict.fromkeys(missing)
-    names = tuple([row["names"] for row in describe(state.optimizer, model)]) if model is not None else ()
+    names = tuple([row["names"] for row in describe(first.state.optimizer, model)]) if model is not None else ()
     return Preview(**found, names=names, unknown=unknown, left_out=left_out)
 
 
@@ -109,7 +106,8 @@ def sort(given: Sequence[Callback]) -> tuple[list[Callback], dict[str, str], tup
     return known, unknown, tuple(left_out)
 
 
-def shadow(known: list[Callback], noise: list[Any], loader: Any, optimizer: Any, model: nn.Module | None) -> Any:
+def shadow(known: list[Callback], noise: list[Any], loader: Any, optimizer: Any,
+           model: nn.Module | None) -> tuple[State, list[Callback], list[Any]]:  # fmt: skip
     """Return a State on a copy of the optimizer that shares its parameters and nothing else, and copies of the callbacks."""
     if optimizer is None:
         held = [p for p in model.parameters() if p.requires_grad] if model is not None else []
@@ -136,43 +134,15 @@ def copied_with(memo: dict[int, Any], given: Any) -> Any:
         ) from error
 
 
-def loader_sizes(loader: Any, by_samples: bool) -> list[int] | None:
-    """Return the samples of each batch of an epoch, 0 where only their number is known; None where an epoch can't be counted."""
-    count, samples = extent(loader)
-    if count is None or (samples is None and by_samples):
-        return None
-    if not count:
-        return []
-    if isinstance(loader, list | tuple):
-        return [batches.size(data) or 0 for data in loader]
-    size: Any = getattr(loader, "batch_size", None)
-    mapped = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    if samples is None:
-        return [size if isinstance(size, int) else 0] * count
-    if size is None and mapped:
-        with isolated(torch.device("cpu"), 0):
-            return [len(indices) for indices in loader.batch_sampler]
-    return [size] * (count - 1) + [samples - size * (count - 1)]
-
-
-def gather(used: int, ends: list[int], batch_size: int | None, accumulate: int) -> list[int]:
-    """Return the batches of the next update of an epoch whose loader batches end at `ends`, `used` samples of it gone."""
-    found = []
-    for _ in range(accumulate):
-        if used >= ends[-1]:
-            break
-        stop = ends[bisect_right(ends, used)] if batch_size is None else min(used + batch_size, ends[-1])
-        found.append(stop - used)
-        used = stop
-    return found
-
-
-@functools.lru_cache(1024)
-def largest_micro(parts: tuple[int, ...], limit: int | None, least: int) -> int:
-    """Return the largest micro-batch of an update, as a step cuts it: each batch in equal parts under the limit."""
-    if len(parts) < least:
-        limit = min(-(-sum(parts) // least), limit or sum(parts)) or 1
-    return max(n if limit is None or not n else -(-n // -(-n // limit)) for n in parts)
+def by_epochs(found: dict[str, Any], again: Simulation, steps: int | None) -> list[str]:
+    """Return what hangs on where epochs end: what is another where each update ends one."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            other = again.run(None, steps, short=True)
+    except Exception:  # such as of a scheduler that knows so many epochs and no more
+        other = {}
+    names = ("rates", "decays", "batch_size", "accumulate")
+    return [name for name in names if name not in other or not torch.equal(found[name], other[name])]
 
 
 def quicken(scheduler: Any) -> None:
@@ -217,8 +187,8 @@ class Simulation:
         for hook in self._hooks(name):
             hook(self.state)
 
-    def run(self, epochs: int | None, steps: int | None) -> dict[str, Any]:
-        """Go through the run, and return what each update used."""
+    def run(self, epochs: int | None, steps: int | None, short: bool = False) -> dict[str, Any]:
+        """Go through the run, `short` with an epoch for each update, and return what each update used."""
         state, sizes = self.state, self.sizes
         self._run("on_setup")
         state.total_steps = count_steps(self.callbacks, state, epochs, steps)
@@ -226,13 +196,13 @@ class Simulation:
         self._quicken()
         sizes_used, rates, decays = array("q"), array("d"), array("d")
         ends = None if sizes is None else list(itertools.accumulate(n or 1 for n in sizes))
-        told = sizes is None or all(sizes)
+        told = sizes is not None and all(sizes)
         while (epochs is None or state.epoch < epochs) and (steps is None or state.step < steps):
             self._run("on_epoch_start")
-            self._epoch(ends, told, steps, sizes_used.extend, rates.extend, decays.extend)
+            self._epoch(ends, told, state.step + 1 if short else steps, sizes_used.extend, rates.extend, decays.extend)
             state.epoch += 1
             self._run("on_epoch_end")
-            if state.stop_reason is not None or not ends:
+            if state.stop_reason is not None or not (ends or short):
                 break
         table = torch.tensor(sizes_used, dtype=torch.int64).view(-1, len(SIZES))
         return {**dict(zip(SIZES, table.unbind(1), strict=True)),

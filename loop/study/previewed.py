@@ -23,7 +23,8 @@ class Preview(Picture):
 
     `rates`, `decays`: float64, as the optimizer gets them. `epochs`: that of each update, from 0. `batch_size`: samples
     that are asked for; `update_size`: those that the update then holds, over `accumulate` batches; `micro_batch_size`:
-    the most that go through the model at once. None is what a run measures, and `unknown` says why.
+    the most that go through the model at once. None is what a run measures, or what hangs on a length that the loader does
+    not tell, and `unknown` says why.
     """
 
     epochs: Tensor
@@ -32,7 +33,7 @@ class Preview(Picture):
     batch_size: Tensor | None
     update_size: Tensor | None
     micro_batch_size: Tensor | None
-    accumulate: Tensor
+    accumulate: Tensor | None
     names: tuple[str, ...]
     unknown: dict[str, str]
     left_out: tuple[str, ...]
@@ -94,7 +95,8 @@ class Preview(Picture):
                     at, sizes.tolist(), where="mid", label=name.replace("_", " "), lw=2.5 if name == "batch_size" else 1
                 )
         panels[2].set_ylabel("samples")
-        panels[3].step(at, self.accumulate.tolist(), where="mid")
+        if self.accumulate is not None:
+            panels[3].step(at, self.accumulate.tolist(), where="mid")
         panels[3].set(ylabel="accumulate", xlabel="update")
         for panel in panels:
             panel.set_ylim(bottom=0)
