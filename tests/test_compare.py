@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -610,6 +611,24 @@ def test_without_tensorboard(tmp_path: Path) -> None:
     assert found.returncode == 2
     assert "pip install tensorboard" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_the_same_in_a_part_says_of_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, every in (("a", 5), ("b", 7), ("c", 5)):
+        run(tmp_path / folder, every=every)
+    for other, said in (("b", "the same in the 1 update compared, of 14, 1 to 1;"),
+                        ("c", "the same in the 3 updates compared, of 14, 1 to 10;")):  # fmt: skip
+        assert main(["compare", str(tmp_path / "a"), str(tmp_path / other)]) == 0
+        assert capsys.readouterr().out.startswith(said)
+    saved = tmp_path / "saved"
+    for end in (14, 9):  # goes on from the 7th, so that what was written beyond 9 is no part of the run
+        first, model = Seed(1), net(seed=5)
+        loop = Loop(model, adamw(model), [first, TensorBoard(tmp_path / "d", every=5), Fingerprint(5),
+                                          Checkpoint(saved, every=7)], resume=saved)  # fmt: skip
+        built_in(loop, loss_fn, loader(), loader(20, 8), steps=end)
+        for last in saved.glob("step-00000014*"):
+            shutil.rmtree(last)
+    assert str(compare(tmp_path / "d", tmp_path / "d")).startswith("the same in the 2 updates compared, of 9, 1 to 5;")
 
 
 def test_runs_logged_at_other_intervals(tmp_path: Path) -> None:

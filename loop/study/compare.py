@@ -32,7 +32,7 @@ class Parting:
     """How two runs compare: `step`, the first update whose digests differ, and in which `kinds`, the first to part first.
 
     `cause` is None where it can't be told, since updates between were not logged. `drew`: the first update after which the
-    generators were apart without a consequence.
+    generators were apart without a consequence. `of`: how many updates the longer run's files tell of.
     """
 
     steps: list[int]
@@ -41,10 +41,14 @@ class Parting:
     cause: str | None = None
     drew: int | None = None
     notes: tuple[str, ...] = ()
+    of: int = 0
 
     def __str__(self) -> str:
         if self.step is None:
-            what = f"the same in all {len(self.steps)} updates compared, {self.steps[0]} to {self.steps[-1]}"
+            count = len(self.steps)
+            part = f"the {count} update{'s' * (count > 1)} compared, of {self.of}"
+            which = part if count < self.of else f"all {count} updates compared"
+            what = f"the same in {which}, {self.steps[0]} to {self.steps[-1]}"
             lines = [f"{what}; what the last made of the weights is not compared"]
         else:
             last = max((step for step in self.steps if step < self.step), default=0)
@@ -69,7 +73,7 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Parting:
     Raises ValueError for a folder without fingerprints, a damaged file, and where the two have no update in common; OSError
     for what can't be read, ImportError without tensorboard.
     """
-    runs = [read(Path(folder)) for folder in (a, b)]
+    runs, ends = zip(*(read(Path(folder)) for folder in (a, b)), strict=True)
     kinds = [kind for kind in KINDS if all(kind in run for run in runs)]
     logged = [set.intersection(*(set(run[kind]) for kind in kinds)) if kinds else set() for run in runs]
     steps = sorted(logged[0] & logged[1])
@@ -87,7 +91,7 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Parting:
     apart = {step: tuple([kind for kind in kinds if runs[0][kind][step] != runs[1][kind][step]]) for step in steps}
     step, found, drew = first_of(apart)
     cause = None if step is None else why(found[0], step, max((s for s in steps if s < step), default=0), kinds)
-    return Parting(steps, step, found, cause, drew, tuple(notes))
+    return Parting(steps, step, found, cause, drew, tuple(notes), max(ends))
 
 
 def first_of(apart: dict[int, tuple[str, ...]]) -> tuple[int | None, tuple[str, ...], int | None]:
@@ -116,8 +120,11 @@ def why(kind: str, step: int, last: int, kinds: list[str]) -> str | None:
     return f"{head}: {'they began apart' if began else CAUSES[kind]}"
 
 
-def read(folder: Path) -> Curves:
-    """Return, by kind, the digests at each update, as TensorBoard shows them: a file that goes on hides what it writes again."""
+def read(folder: Path) -> tuple[Curves, int]:
+    """Return, by kind, the digests at each update, and the last update that is told of.
+
+    They are as TensorBoard shows them: a file that goes on hides what it writes again.
+    """
     try:
         from tensorboard.compat.proto.event_pb2 import SessionLog
     except ImportError as error:
@@ -125,17 +132,19 @@ def read(folder: Path) -> Curves:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give that of a run's TensorBoard files")
     tags = {f"train/fingerprint/{kind}": kind for kind in KINDS}
-    found: Curves = {}
+    found, last = Curves(), 0
     for path in sorted(path for path in folder.iterdir() if "tfevents" in path.name and not path.is_dir()):
         for event in events(path):
             if event.HasField("session_log") and event.session_log.status == SessionLog.START:
                 found = {kind: {s: x for s, x in curve.items() if s < event.step} for kind, curve in found.items()}
+                last = min(last, max(0, event.step - 1))
+            last = max(last, event.step if event.HasField("summary") else 0)
             for value in event.summary.value:
                 if value.tag in tags:
                     found.setdefault(tags[value.tag], {})[event.step] = value.simple_value
     if not (found := {kind: curve for kind, curve in found.items() if curve}):
         raise ValueError(f"{folder} holds no fingerprints; train with Fingerprint() beside TensorBoard({str(folder)!r})")
-    return found
+    return found, last
 
 
 def events(path: Path) -> Iterator[Any]:
