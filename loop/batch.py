@@ -181,4 +181,5 @@ def measure(data: Any, weigh: Callable[[Any], Any] | None) -> int:
     if weigh is not None:
         return int(weigh(data))
     raise TypeError(f"no leaf of this {type(data).__name__} shows how many samples it holds: put a tensor with a batch "
-                    "dimension into it, or give Loop(..., weigh=fn)")  # fmt: skip
+                    "dimension into it, or give Loop(..., weigh=fn), which counts them, and where batches are to be cut "
+                    "cut=fn(batch, start, stop)")  # fmt: skip

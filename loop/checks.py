@@ -95,7 +95,7 @@ def check_parameters(model: torch.nn.Module, optimizer: Any) -> None:
 
 
 def check_validation(callbacks: Iterable[Any], loader: Any) -> None:
-    """Refuse, before a sample is read, validation data that can't be iterated, or that a callback will miss."""
+    """Refuse, before a sample is read, validation data that can't be iterated, or reports that a callback will miss (or may)."""
     each = dict(loader) if isinstance(loader, Mapping) else {} if loader is None else {"": loader}
     for name, one in each.items():
         check_loader(f"val_loader[{name!r}]" if name else "val_loader", one)
@@ -105,6 +105,10 @@ def check_validation(callbacks: Iterable[Any], loader: Any) -> None:
         if lost := [name for name in callback.watches if name.startswith("val_")]:
             raise ValueError(f"{type(callback).__name__} watches {lost[0]!r}, but no val_loader is given; give one, or watch "
                              "'train_loss'")  # fmt: skip
+    for callback in callbacks if loader is not None else ():
+        if "train_loss" in callback.watches:  # no error: a callback may report it
+            warnings.warn(f"{type(callback).__name__} watches 'train_loss', which fit reports only without a val_loader; watch "
+                          "'val_loss', leave val_loader out, or have a callback report it", stacklevel=3)  # fmt: skip
 
 
 def check_end(epochs: Any, steps: Any) -> None:

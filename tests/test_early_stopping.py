@@ -188,6 +188,22 @@ def test_a_stopped_run_stays_stopped_when_resumed(tmp_path: Path) -> None:
     assert first.stop_reason == second.stop_reason == "val_score did not improve in 1 reports (best 1)"
 
 
+def test_the_training_loss_beside_a_val_loader_is_warned_of_before_a_sample_is_read() -> None:
+    class Reports(Callback):
+        def on_step_end(self, state: State) -> None:
+            state.log("train_loss", lambda: 1.0)
+
+    for own, epochs in ((), 0), ((Reports(),), 2):
+        model, train = net(), loader()
+        loop = Loop(model, adamw(model), [EarlyStopping("train_loss", patience=1), *own])
+        with pytest.warns(UserWarning, match="EarlyStopping watches 'train_loss', which fit reports only without a val_loader"):
+            state = built_in(loop, loss_fn, train, loader(), epochs=epochs)
+        assert len(train.dataset.read) == (100 if own else 0)
+        assert state.stop_reason == ("train_loss did not improve in 1 reports (best 1)" if own else None)
+    model = net()
+    assert built_in(Loop(model, adamw(model), [EarlyStopping("train_loss")]), loss_fn, loader(), epochs=1).epoch == 1
+
+
 def test_two_that_would_restore_their_own_best_weights_are_refused() -> None:
     model = net()
     first, second, third = (EarlyStopping(m, restore_best=r).named(m) for m, r in (("a", True), ("b", True), ("c", False)))
