@@ -22,9 +22,8 @@ class TensorBoard(Callback):
     `memory/process_gib`, `progress/epoch`, `progress/samples`, `progress/skipped`, `val/<name>` for a reported `val_<name>`,
     `report/<name>` for any other; the table `parameter_groups`; for HParams the optimizer's settings, batch size, accumulation,
     seed and your `settings`. A run goes on without overlap after a kill, and hides what others in its folder hold from its
-    first step on: give other writers their own. Rank 0 writes. Raises ValueError for bad settings and for a folder that another
-    TensorBoard writes, OSError at the start for one that can't be written; what fails later is one warning, and training goes
-    on.
+    first step on: give other writers their own. Rank 0 writes. Raises ValueError for bad settings and a folder that another
+    TensorBoard writes, OSError at the start for one that can't be written; what fails later is one warning: training goes on.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 50, grad_norm: bool = False,
