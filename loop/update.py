@@ -77,10 +77,12 @@ class Updates(Session):
         state.given(metrics)
         if "loss" in metrics:
             self.train_loss.add(metrics["loss"], weight)
-        if self.hooks["on_step_end"]:
-            self._run("on_step_end")
-        for act in state.after:
-            act(state)
+        try:
+            if self.hooks["on_step_end"]:
+                self._run("on_step_end")
+        finally:
+            for act in state.after:
+                act(state)
         if state._saves or state._due:
             self._flush()
 

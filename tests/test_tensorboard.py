@@ -184,6 +184,21 @@ def test_what_was_reported_under_a_steps_name_does_not_end_its_curve(tmp_path: P
     assert curves["report/loss"] == [(3, 1.0), (6, 1.0)]
 
 
+def test_an_update_in_which_another_callback_fails_is_written(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_step_end(self, state: State) -> None:
+            if state.step == 2:
+                raise KeyError("mine")
+
+    model = net()
+    loop = Loop(model, adamw(model), [TensorBoard(tmp_path, every=1), Fails()])
+    data = loader(24, 8)
+    with pytest.raises(KeyError):
+        loop.fit(loss_fn, data, epochs=1)
+    loop.fit(loss_fn, data, epochs=1)
+    assert steps(read(tmp_path), "train/loss") == [1, 2, 3]
+
+
 def test_groups_table_and_hparams(tmp_path: Path) -> None:
     model = net()
     model[1].requires_grad_(False)
