@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
@@ -23,9 +24,9 @@ class EarlyStopping(Callback):
     negative metrics too); only an improvement moves the best value. `min_epochs`: no stop before so many epochs, but an
     improvement until then starts the count anew. `restore_best`: the model leaves training, by any way, with the weights and
     buffers of its best report (one callback in a list may do so); entered again, it goes on from its last. `nan`: "stop" at a
-    value that is not finite, or "ignore" it as one that is no improvement. The reason is in `state.stop_reason`, the count in
-    `state.metrics["early_stopping"]` (TensorBoard's `train/early_stopping`). Raises ValueError for bad settings, KeyError for a
-    metric that was not reported.
+    value that is not finite (a run that is entered again or resumed stays ended, until `nan` is "ignore"), or "ignore" it as
+    one that is no improvement. The reason is in `state.stop_reason`, the count in `state.metrics["early_stopping"]`
+    (TensorBoard's `train/early_stopping`). Raises ValueError for bad settings, KeyError for a metric that was not reported.
     """
 
     beside = ("weights",)
@@ -56,6 +57,7 @@ class EarlyStopping(Callback):
             warnings.warn(
                 f"EarlyStopping lets go of its best weights, which do not fit: {'; '.join(amiss.values())}", stacklevel=2
             )
+        self._broken = self._broken if self.nan == "stop" else None
         if self.tracker.best is not None:
             state.log("early_stopping", self.tracker.bad)
         self._decide(state)
@@ -109,4 +111,4 @@ class EarlyStopping(Callback):
 def copy_of(state: State, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """Return a copy of weights and buffers in host memory, by the names of the bare model; of `model` where it was validated."""
     found = Named(model or state.model, state.optimizer).model_state()
-    return {k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+    return {k: v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in found.items()}

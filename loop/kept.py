@@ -91,9 +91,9 @@ def put_back(state: State, kept: dict[str, Any]) -> None:
     """Go back to it; the rates and other settings of the parameter groups stay as they are now."""
     named, groups = Named(state.model, state.optimizer), [*state.optimizer.param_groups]
     now = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"} for group in groups]
-    # Torch and modules take what they are given as it is, and would go on in what is kept.
-    named.load_model({name: x if isinstance(x, Tensor) else copy.deepcopy(x) for name, x in kept["weights"].items()})
+    named.load_model(kept["weights"])
     state.optimizer.state.clear()  # what has come since the copy, too
+    # Torch takes what it is given as it is, and would go on in what is kept.
     named.load_optimizer(copy.deepcopy(kept["optimizer"]), named.options(), named.options())
     with torch.no_grad():
         for name, (owner, own) in slots(state, named).items():

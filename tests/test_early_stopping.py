@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Scores(Callback):
 
     def on_micro_end(self, state: State) -> None:
         if not state.micro.training and state.micro.number == 0:
-            self.weights.append({k: v.clone() for k, v in state.model.state_dict().items()})
+            self.weights.append(copy.deepcopy(state.model.state_dict()))
             state.log("score", self.values[len(self.weights) - 1])
 
 
@@ -173,6 +174,50 @@ def test_around_a_loop_of_ones_own_it_does_so_before_the_first_forward() -> None
         return bits(loop)
 
     assert_same_bits(run([4]), run([2, 2]))
+
+
+def test_extra_state_is_that_of_the_best_report_too(tmp_path: Path) -> None:
+    class Counts(torch.nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 3)
+            self.extra = {"calls": 0}
+
+        def forward(self, x: Any) -> Any:
+            self.extra["calls"] += self.training
+            return super().forward(x)
+
+        def get_extra_state(self) -> Any:  # a live one, which goes on changing
+            return self.extra
+
+        def set_extra_state(self, extra: Any) -> None:
+            self.extra = extra
+
+    def make() -> Loop:
+        model, scores = Counts(), Scores([1.0, 2.0, 3.0, 4.0])
+        return Loop(model, adamw(model), [EarlyStopping("val_score", patience=9, restore_best=True), Checkpoint(tmp_path), scores],
+                    resume=tmp_path)  # fmt: skip
+
+    loop = make()
+    for epochs in (3, 4):  # 7 updates each
+        built_in(loop, loss_fn, loader(), loader(), epochs=epochs)
+        assert loop.state.model.extra == {"calls": 7}
+        loop.state.model.extra["calls"] += 100  # used on after training, which neither the best nor the last is to meet
+    assert torch.load(f"{loop.state.saved}/model.pt", weights_only=True)["_extra_state"] == {"calls": 28}
+    assert built_in(make(), loss_fn, loader(), loader(), epochs=6).model.extra == {"calls": 7}
+
+
+def test_a_run_that_met_nan_goes_on_only_where_nan_is_ignored(tmp_path: Path) -> None:
+    def make(nan: str) -> Loop:
+        model = net()
+        return Loop(model, adamw(model), [Checkpoint(tmp_path), EarlyStopping("val_score", 9, nan=nan), Scores([1.0, NAN, 0.5])],
+                    resume=tmp_path)  # fmt: skip
+
+    stops, goes_on = make("stop"), make("ignore")
+    for loop in (stops, stops, make("stop")):
+        state = built_in(loop, loss_fn, loader(), loader(), epochs=4)
+        assert (state.epoch, state.stop_reason) == (2, "val_score is nan at step 14")
+    assert (built_in(goes_on, loss_fn, loader(), loader(), epochs=4).epoch, goes_on.state.stop_reason) == (4, None)
+    assert built_in(make("stop"), loss_fn, loader(), loader(), epochs=5).epoch == 5
 
 
 def test_a_stopped_run_stays_stopped_when_resumed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections import OrderedDict
@@ -155,7 +156,9 @@ class Named:
     def load_model(self, saved: dict[str, Any], skip: Container[str] = ()) -> None:
         """Load weights and buffers, but for those in `skip`."""
         mine = self.model.state_dict()
-        fits = OrderedDict((n, laid(saved[c], mine[n])) for n in mine if (c := self.clean(n)) in saved and c not in skip)
+        # A module may take what is no tensor as it is, and go on in what is saved.
+        held = {n: saved[c] for n in mine if (c := self.clean(n)) in saved and c not in skip}
+        fits = OrderedDict((n, laid(x, mine[n]) if isinstance(x, Tensor) else copy.deepcopy(x)) for n, x in held.items())
         fits._metadata = getattr(mine, "_metadata", None)  # type: ignore[attr-defined]
         self.model.load_state_dict(fits, strict=False)
 
