@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from .batch import leaves
 from .chunk import Chunk
@@ -15,6 +17,8 @@ from .rng import generators, restore, snapshot
 
 if TYPE_CHECKING:
     from .state import State
+
+CHANGING = (dict, list, set, deque)  # containers that a step may change in place
 
 
 class Snapshot:
@@ -72,23 +76,24 @@ class Snapshot:
 
 
 class BeforeUpdate:
-    """A copy, on the host, of what an optimizer's step changes, so that one that failed half way can be put back."""
+    """A copy, on the host, of what an optimizer's step changes, so that one that failed half way can be put back.
+
+    All that lies in its attributes, in containers and other optimizers in these too, as in one that wraps another.
+    """
 
     def __init__(self, state: State) -> None:
-        self.optimizer = optimizer = state.optimizer
-        self.streams = [(generator, generator.get_state()) for generator in generators(state.device)]
-        self.groups = [shell(group) for group in optimizer.param_groups]
-        self.state = {p: shell(values) for p, values in optimizer.state.items()}
-        self.grads = [(p, p.grad) for group in self.groups for p in group["params"]]
-        found = {id(x): x for x in tensors([self.grads, list(self.state.values()), self.groups])}
-        self.copies = [(x, host_copy(x.detach())) for x in found.values()]
+        self.grads = [(p, p.grad) for group in state.optimizer.param_groups for p in group["params"]]
+        found = within([state.optimizer, state.optimizer.state, state.optimizer.param_groups, self.grads], {})
+        own = [x for x in found if isinstance(x, torch.Generator)]
+        self.streams = [(generator, generator.get_state()) for generator in (*generators(state.device), *own)]
+        self.containers = [(x, dict(x) if isinstance(x, dict) else [*x]) for x in found if isinstance(x, CHANGING)]
+        self.copies = [(x, host_copy(x.detach())) for x in found if isinstance(x, Tensor) and not overlapping(x)]
 
     def put_back(self) -> None:
         """Go back to that moment."""
-        for group, kept in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group.update(shell(kept))
-        self.optimizer.state.clear()
-        self.optimizer.state.update({p: shell(values) for p, values in self.state.items()})
+        for container, kept in self.containers:
+            container.clear()
+            (container.update if isinstance(container, dict | set) else container.extend)(kept)
         with torch.no_grad():
             for x, copy in self.copies:
                 x.copy_(copy)
@@ -96,6 +101,17 @@ class BeforeUpdate:
             p.grad = grad
         for generator, drawn in self.streams:
             generator.set_state(drawn)
+
+
+def within(x: Any, found: dict[int, Any]) -> Collection[Any]:
+    """Return, each once, the containers, tensors and generators in nested containers and optimizers."""
+    x = vars(x) if isinstance(x, Optimizer) else x
+    if id(x) not in found and isinstance(x, (*CHANGING, tuple, Tensor, torch.Generator)):
+        found[id(x)] = x
+        if not isinstance(x, Tensor | torch.Generator):
+            for value in x.values() if isinstance(x, dict) else x:
+                within(value, found)
+    return found.values()
 
 
 def overlapping(x: Tensor) -> bool:
@@ -125,13 +141,6 @@ def modules(model: nn.Module) -> list[nn.Module]:
                 found[child] = None
                 queue.append(child)
     return queue
-
-
-def shell(x: Any) -> Any:
-    """Return the same containers anew, around the same tensors."""
-    if isinstance(x, dict):
-        return {key: shell(value) for key, value in x.items()}
-    return type(x)(map(shell, x)) if type(x) in (list, tuple) else x
 
 
 def tensors(x: Any) -> Iterator[Tensor]:

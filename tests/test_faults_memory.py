@@ -625,15 +625,14 @@ def test_oo2_rollback_with_a_scaler_and_rate_factors() -> None:
 class Langevin(torch.optim.SGD):
     """Adds noise to the weights; runs out of memory once, in its second step, having drawn."""
 
-    left = 0
+    faults: Any = iter([])  # which, unlike a number, does not come back with the update
     steps = 0
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 p.data.add_(torch.randn_like(p), alpha=0.01)
-        if self.steps == 1 and self.left:
-            self.left = 0
+        if self.steps == 1 and next(self.faults, None):
             raise torch.OutOfMemoryError(TEXT)
         self.steps += 1
         return super().step(closure)
@@ -644,7 +643,7 @@ def test_oo2_rollback_with_an_optimizer_that_draws(seeded: bool) -> None:
     def run(left: int) -> dict[str, torch.Tensor]:
         model = net(seed=4)
         optimizer = Langevin(model.parameters(), lr=1e-2)
-        optimizer.left = left
+        optimizer.faults = iter([1] * left)
         torch.manual_seed(1)
         seed = [Seed(1)] if seeded else []
         return bits(go(Loop(model, optimizer, [*seed, MicroBatch("auto", on_step_oom="rollback")]), Faults()))
@@ -795,9 +794,11 @@ def test_am7_one_sample_in_validation_is_fine() -> None:
 
 
 class History(torch.optim.SGD):
-    """Keeps a list of tensors in its state, as Shampoo-like optimizers do; runs out of memory in the middle once."""
+    """Keeps lists of tensors in its state, as Shampoo-like optimizers do, and counts; runs out of memory in the middle once."""
 
-    left = 1
+    def __init__(self, params: Any, faults: Any) -> None:
+        super().__init__(params, lr=1e-2)
+        self.faults, self.seen = faults, {"tensors": 0}
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -805,22 +806,21 @@ class History(torch.optim.SGD):
                 past = self.state[p].setdefault("past", [torch.zeros_like(p)])
                 past[0].add_(p.grad)
                 past.append(p.grad.clone())
-                p.data.sub_(0.01 * past[0] + 0.001 * len(past))
-                if i == 2 and self.left and len(past) == 3:
-                    self.left = 0
+                self.seen["tensors"] += 1
+                p.data.sub_(0.01 * past[0] + 0.001 * len(past) + 0.001 * self.seen["tensors"])
+                if i == 2 and len(past) == 3 and next(self.faults, None):
                     raise torch.OutOfMemoryError(TEXT)
 
 
-def test_oo2_rollback_of_state_in_lists() -> None:
-    def run(left: int) -> dict[str, torch.Tensor]:
-        model = net(seed=4)
-        optimizer = History(model.parameters(), lr=1e-2)
-        optimizer.left = left
+def test_oo2_rollback_of_state_in_lists_and_attributes() -> None:
+    def run(*given: int) -> dict[str, torch.Tensor]:
+        model, faults = net(seed=4), iter(given)
+        optimizer = History(model.parameters(), faults)
         loop = go(Loop(model, optimizer, [Seed(1), MicroBatch("auto", on_step_oom="rollback")]), Faults())
-        assert optimizer.left == 0
+        assert not [*faults]
         return {n: x.clone() for n, x in loop.state.model.state_dict().items()}
 
-    assert_same_bits(run(1), run(0))
+    assert_same_bits(run(1), run())
 
 
 class Lazy(nn.Module):

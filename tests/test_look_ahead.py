@@ -224,6 +224,41 @@ def test_what_only_a_forward_changes_comes_back_with_modes_and_a_scheduler_is_no
     assert known == {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
 
 
+class Ahead(torch.optim.Optimizer):
+    """As is widely copied: wraps another optimizer, goes half way back to slow weights at each third step, and counts."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, dict(base.defaults))
+        self.base, self.param_groups, self.seen, self.log = base, base.param_groups, {"steps": 0}, []
+        self.slow = [[p.detach().clone() for p in group["params"]] for group in base.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+        self.seen["steps"] += 1
+        self.log.append(self.param_groups[0]["lr"])
+        if self.seen["steps"] % 3 == 0:
+            for group, slow in zip(self.param_groups, self.slow, strict=True):
+                for p, q in zip(group["params"], slow, strict=True):
+                    p.copy_(q.lerp_(p, 0.5))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_an_optimizer_keeps_outside_its_state_comes_back(way: Any) -> None:
+    def one(looks: bool) -> Any:
+        model = net()
+        optimizer = Ahead(adamw(model))
+        loop = Loop(model, optimizer, [Look("on_step_end", 4, way)] if looks else [])
+        if looks:
+            way(loop, loader())  # before it has state
+        loop.fit(loss_fn, loader(), epochs=2)
+        return bits(loop), optimizer.base.state_dict(), optimizer.slow, optimizer.seen, optimizer.log
+
+    a, b = one(True), one(False)
+    assert_same_bits(a[0], b[0])
+    same(a[1:], b[1:])
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_scaler_keeps_its_scale_and_its_count(way: Any) -> None:
     def one(looks: bool) -> Any:

@@ -91,10 +91,11 @@ def find_rate(loop: Loop, loss_fn: LossFn, loader: Any, start: float = 1e-7, end
     (the loader's batch, `GradientAccumulation`, `DynamicBatchSize` as it stands), in micro-batches of at most
     `micro_batch_size` (None: as the run has them now); no other callback takes part. Model, optimizer, scaler, generators,
     loader and Loop are after it, to the bit, what they were, also where it raises: before the run, between two epochs,
-    after any update. What `loss_fn`, hooks on the model or a data set keep elsewhere is not put back. A Loop with `resume=`
-    has the checkpoint's weights once it is entered. The host holds a copy of weights, gradients and optimizer state
-    meanwhile. Raises ValueError for bad settings, a loss that is not finite at once and a loader without data, TypeError
-    for a loader that can't be begun again, RuntimeError inside a step or with several ranks.
+    after any update. What `loss_fn`, hooks on the model or a data set keep elsewhere is not put back, nor what the optimizer
+    keeps in objects that are no tensors, containers or optimizers. A Loop with `resume=` has the checkpoint's weights once it
+    is entered. The host holds a copy of weights, gradients and optimizer state meanwhile. Raises ValueError for bad settings,
+    a loss that is not finite at once and a loader without data, TypeError for a loader that can't be begun again,
+    RuntimeError inside a step or with several ranks.
     (Smith 2017, https://arxiv.org/abs/1506.01186)
     """
     check_rate("start", start)

@@ -56,7 +56,7 @@ def check_free(loop: Any, loss_fn: Any, loader: Any, who: str) -> None:
 def untouched(loop: Loop, loader: Any) -> Iterator[None]:
     """Let the body train the model, and put back whatever that changes: a copy of it lies on the host meanwhile."""
     state, model, optimizer, scaler = loop.state, loop.state.model, loop.state.optimizer, loop.state.scaler
-    modes, counted, attributes = [(m, m.training) for m in model.modules()], loop.optimizer_steps, dict(vars(optimizer))
+    modes, counted = [(m, m.training) for m in model.modules()], loop.optimizer_steps
     around, before = Snapshot(state), BeforeUpdate(state)
     around.take([])
     trained = {p for group in optimizer.param_groups for p in group["params"]}
@@ -74,8 +74,6 @@ def untouched(loop: Loop, loader: Any) -> Iterator[None]:
                 to_train(model)
             yield
         finally:
-            vars(optimizer).clear()
-            vars(optimizer).update(attributes)
             before.put_back()
             around.put_back(None)
             for p, kept in others:
