@@ -399,6 +399,80 @@ def test_a_rate_that_is_a_tensor_is_filled_in_place() -> None:
     assert [rate.item() for rate in rates] == [0.125, 0.5]
 
 
+class Ahead(torch.optim.Optimizer):
+    """Wraps another optimizer, and goes half way back to slow weights at each third step."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base.param_groups, dict(base.defaults))
+        self.base, self.param_groups, self.count = base, base.param_groups, 0
+        self.slow = [p.detach().clone() for group in base.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+        self.count += 1
+        if self.count % 3 == 0:
+            for p, q in zip([p for group in self.param_groups for p in group["params"]], self.slow, strict=True):
+                p.copy_(q.lerp_(p, 0.5))
+
+
+class Saved(Ahead):
+    """One that passes on what the other keeps."""
+
+    def state_dict(self) -> Any:
+        return {**self.base.state_dict(), "slow": self.slow, "count": self.count}
+
+    def load_state_dict(self, saved: Any) -> None:
+        self.base.load_state_dict({name: saved[name] for name in ("state", "param_groups")})
+        self.param_groups, self.count, self.slow = self.base.param_groups, saved["count"], [q.clone() for q in saved["slow"]]
+
+
+class Forgets(Saved):
+    """One that does not take it back."""
+
+    def load_state_dict(self, saved: Any) -> None:
+        self.slow = saved["slow"]
+
+
+class Records(torch.optim.SGD):
+    """Keeps a list in its groups, which grows."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group.setdefault("past", []).append(group["lr"])
+            group["weight_decay"] = 0.01 * len(group["past"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("optimizer", [
+    lambda m: Saved(adamw(m)), lambda m: Records([{"params": m.parameters(), "past": []}], lr=0.1),
+    lambda m: Records(m.parameters(), lr=0.1), lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=[0.8, 0.99]),
+], ids=["wraps", "list", "new list", "list for a tuple"])  # fmt: skip
+def test_layouts_of_a_users_own_resume_to_the_same_bits(optimizer: Any, tmp_path: Path) -> None:
+    def go(folder: Path, epochs: int) -> Any:
+        seed, model = Seed(0), plain_net()
+        loop = Loop(model, optimizer(model), [seed, Checkpoint(folder)], resume=folder)
+        built_in(loop, loss_fn, loader(), epochs=epochs)
+        return model.state_dict(), loop.state.optimizer.state_dict()
+
+    go(tmp_path / "a", 1)
+    found = go(tmp_path / "a", 2)
+    same(found, go(tmp_path / "b", 2))
+
+
+def test_state_of_a_wrapped_optimizer_that_would_be_lost_is_an_error(tmp_path: Path) -> None:
+    def go(optimizer: Any) -> None:
+        model = plain_net()
+        built_in(Loop(model, optimizer(adamw(model)), [Checkpoint(tmp_path)], resume=tmp_path), loss_fn, loader(), epochs=1)
+
+    with pytest.raises(ValueError, match=r"can't save .*Ahead: it keeps a AdamW in \.base, whose state"):
+        go(Ahead)
+    assert not list_checkpoints(tmp_path)
+    go(Forgets)
+    with pytest.raises(ValueError, match=r"Forgets did not take exp_avg, exp_avg_sq, step of 0.weight"):
+        go(Forgets)
+
+
 def test_a_tensor_rate_that_the_program_changed_stands() -> None:
     model = plain_net()
     saved = Named(model, torch.optim.SGD(model.parameters(), lr=torch.tensor(0.25))).optimizer_state()

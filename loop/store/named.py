@@ -90,8 +90,9 @@ class Named:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state dict by names, with the tensors that it holds and the model does not."""
+        self._check_wrapped()
         packed = self.optimizer.state_dict()
-        groups = [{k: v if k == "params" or isinstance(v, Tensor) else value(v, tuple) for k, v in group.items()}
+        groups = [{k: v if k == "params" or isinstance(v, Tensor) else value(v, None) for k, v in group.items()}
                   for group in packed["param_groups"]]  # fmt: skip
         by_id = {k: n for ns, g in zip(self.names, groups, strict=True) for n, k in zip(ns, g["params"], strict=True)}
         for names, group in zip(self.names, groups, strict=True):
@@ -105,6 +106,15 @@ class Named:
             "more": {k: v for k, v in packed.items() if k not in ("state", "param_groups")},
             "outside": {name: p.detach() for name, p in self.outside.items()},
         }
+
+    def _check_wrapped(self) -> None:
+        """Raise ValueError for an optimizer that wraps another one whose state a save would leave out."""
+        if type(self.optimizer).state_dict is torch.optim.Optimizer.state_dict:
+            for name, inner in vars(self.optimizer).items():
+                if isinstance(inner, torch.optim.Optimizer) and inner.state.keys() - self.optimizer.state.keys():
+                    raise ValueError(f"can't save {self.kind}: it keeps a {type(inner).__qualname__} in .{name}, whose state its "
+                                     f"state_dict() leaves out; define state_dict and load_state_dict, which pass on those of "
+                                     f".{name}")  # fmt: skip
 
     def model_misfits(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return, by name, what of a saved model can't be loaded into this one."""
@@ -183,9 +193,13 @@ class Named:
         mine = {name: laid(one, self.tensors[name]) for name, one in saved["state"].items() if name in ids and name not in skip}
         state = {ids[name]: one for name, one in mine.items()}
         self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**packed["state"], **saved["loose"], **state}})
+        taken = self.optimizer.state_dict()["state"]  # what one that wraps another gives is the inner one's state
         for name, one in mine.items():
+            held = self.optimizer.state.get(self.tensors[name]) or taken.get(ids[name], {})
+            if lost := one.keys() - held.keys():
+                raise ValueError(f"load_state_dict of {self.kind} did not take {', '.join(sorted(map(str, lost)))} of {name}, "
+                                 "which its state_dict gave")  # fmt: skip
             if name not in rounded:
-                held = self.optimizer.state[self.tensors[name]]
                 held.update(unrounded(held, one))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(rate, Tensor):  # a captured step reads this very tensor
@@ -219,8 +233,9 @@ def unrounded(held: Any, exact: Any) -> Any:
     return held
 
 
-def value(x: Any, sequence: type = list) -> Any:
-    """Return settings as plain numbers that compare."""
+def value(x: Any, sequence: type | None = list) -> Any:
+    """Return settings as plain numbers, in lists, so that they compare; `sequence` None: in lists and tuples, as they are."""
     if isinstance(x, Tensor) or type(x).__module__ == "numpy":
         return x.tolist()
-    return sequence(value(v, sequence) for v in x) if isinstance(x, list | tuple) else x
+    kind = sequence or (list if isinstance(x, list) else tuple)
+    return kind(value(v, sequence) for v in x) if isinstance(x, list | tuple) else x
