@@ -45,17 +45,14 @@ class Checkpoint(Callback):
 
     def on_setup(self, state: State) -> None:
         """Be the one who writes."""
-        if self._writer.background and any(map(store.is_sharded, state.model.parameters())):
-            raise ValueError("background=True can't save a sharded model (fully_shard), whose ranks write together while training "
-                             "waits; use background=False")  # fmt: skip
+        self._writer.check(state.model)
         state.writers.append(self._write)
 
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
         if state.ranks.first:
             self._place.open(state.step, state.ranks.unread)
-            self._writer.run(lambda: None, self._prune)  # what a kill cut off
-            self._writer.settle()
+            self._writer.tidy(lambda: self._place.prune(self.keep, f"best of {self.key}"))  # what a kill cut off
         if state.ranks.sharded:
             store.check_same_folder(self.folder, state.ranks)
         self._saved_at = time.monotonic()
@@ -70,8 +67,11 @@ class Checkpoint(Callback):
 
     def on_validation_end(self, state: State) -> None:
         """Ask for one where the metric is the best so far."""
-        if self.tracker is not None and self.tracker.update(self.tracker.goal.read(state, "Checkpoint")):
-            state.save(f"best of {self.key}")
+        if self.tracker is not None:
+            self._writer.settle(wait=self.tracker.before is not None)
+            self.tracker.unsaved(same=False)
+            if self.tracker.update(self.tracker.goal.read(state, "Checkpoint")):
+                state.save(f"best of {self.key}")
 
     def on_epoch_end(self, state: State) -> None:
         """Ask for one."""
@@ -83,27 +83,24 @@ class Checkpoint(Callback):
         self._writer.settle()
 
     def _write(self, state: State, reasons: list[str], capture: Callable[[], store.Contents]) -> bool:
+        self._writer.settle()
         if not reasons:
-            self._writer.settle()
             return self._writer.saved
-        contents, copies = capture(), store.Copies()
-        contents.check()
+        if self.tracker is not None and self.tracker.unsaved(same=state.reported_at == state.step):
+            reasons = [*{*reasons, f"best of {self.key}"}]
         self._saved_at = time.monotonic()
-        if self._writer.background:
-            if not state.ranks.first:
-                return True
-            self._writer.settle()
-            contents.model, contents.state = copies.of(contents.model), copies.of(contents.state)
 
-        def save() -> None:
-            copies.wait()
+        def save(contents: store.Contents) -> None:
             ranks = Ranks() if self._writer.background else state.ranks  # in the background one writes alone
             state.saved = str(store.write_together(self.folder, contents, reasons, self._known, ranks))
 
-        return self._writer.run(save, self._prune if state.ranks.first else lambda: None)
+        return self._writer.write(capture(), save, self._saved, state.ranks.first)
 
-    def _prune(self) -> None:
-        self._place.prune(self.keep, f"best of {self.key}")
+    def _saved(self, first: bool) -> None:
+        if self.tracker is not None:
+            self.tracker.before = None
+        if first:
+            self._place.prune(self.keep, f"best of {self.key}")
 
     @property
     def best(self) -> Path | None:

@@ -88,12 +88,20 @@ class Tracker:
     def __init__(self, goal: Goal) -> None:
         self.goal, self.bad = goal, 0
         self.best: float | None = None
+        self.before: tuple[float | None, int] | None = None  # the last improvement, while no save holds it
 
     def update(self, value: float) -> bool:
         """Take one report; return whether it was an improvement."""
-        better = self.goal.better(value, self.best)
+        if better := self.goal.better(value, self.best):
+            self.before = self.best, self.bad
         self.best, self.bad = (value, 0) if better else (self.best, self.bad + 1)
         return better
+
+    def unsaved(self, same: bool) -> bool:
+        """Return whether the last improvement is still to be saved; where the weights are no longer the `same`, it was none."""
+        if self.before is not None and not same:
+            (self.best, self.bad), self.before = self.before, None
+        return self.before is not None
 
     @property
     def exhausted(self) -> bool:
@@ -109,4 +117,4 @@ class Tracker:
         if state["goal"] != [self.goal.metric, self.goal.mode]:
             raise ValueError(f"it watches {self.goal.metric!r} ({self.goal.mode}) here and {state['goal'][0]!r} "
                              f"({state['goal'][1]}) in the checkpoint")  # fmt: skip
-        self.best, self.bad = state["best"], state["bad"]
+        self.best, self.bad, self.before = state["best"], state["bad"], None

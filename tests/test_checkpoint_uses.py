@@ -589,6 +589,58 @@ def test_a_last_save_that_failed_is_tried_again(background: bool, tmp_path: Path
     assert_same_bits(dict(model.state_dict()), dict(model_file(tmp_path / "step-00000014")))
 
 
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+@pytest.mark.parametrize("last", [3.0, 6.0])
+def test_a_best_whose_save_failed_is_not_the_best(last: float, background: bool, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    real, armed = os.write, list[int]()
+
+    def full(handle: int, text: Any) -> int:
+        if armed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, text)
+
+    monkeypatch.setattr(os, "write", full)
+    save, model = Checkpoint(tmp_path, best="score", background=background), net(noise=False)
+    loop = Loop(model, adamw(model), [save])
+    reports = iter([5.0, 1.0, last, 4.0])
+
+    def report() -> None:
+        for thread in threading.enumerate():
+            if thread.name == "hookloop checkpoint":
+                thread.join()
+        armed[:] = [1] * (loop.state.epoch == 1)
+        loop.report({"score": next(reports)})
+
+    with pytest.warns(UserWarning, match="Checkpoint failed to save.*disk full"):
+        hand(loop, report, epochs=4, train=loader(16, 8, shuffle=False))
+    best = 6 if last == 3 else 8
+    assert save.best == tmp_path / f"step-{best:08d}"
+    assert save.tracker.best == min(last, 4.0)
+    again = Checkpoint(tmp_path, best="score")
+    enter(resuming(tmp_path, again))
+    assert (again.best, again.tracker.best) == (save.best, min(last, 4.0))
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["background", "foreground"])
+def test_a_best_that_is_tried_again_at_the_end_is_the_best(background: bool, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    real, armed = os.write, list[int]()
+
+    def full(handle: int, text: Any) -> int:
+        if armed:
+            armed.clear()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, text)
+
+    monkeypatch.setattr(os, "write", full)
+    save, model = Checkpoint(tmp_path, best="score", background=background), net(noise=False)
+    loop = Loop(model, adamw(model), [save, Arm(1, lambda: armed.append(1))])
+    with pytest.warns(UserWarning, match="Checkpoint failed to save.*disk full"):
+        hand(loop, lambda: loop.report({"score": 1.0}), epochs=1, train=loader(16, 8, shuffle=False))
+    assert save.best == tmp_path / "step-00000002"
+
+
 @pytest.mark.parametrize("when", ["setup", "resume"])
 def test_a_loop_put_right_and_entered_again_saves_once(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_run(tmp_path / "old")

@@ -6,6 +6,12 @@ import threading
 import warnings
 from collections.abc import Callable
 
+from torch import nn
+
+from .copies import Copies
+from .disk import Contents
+from .plain import is_sharded
+
 
 class Writer:
     """Runs one save at a time; `background`: in a thread of its own, which ends with the save.
@@ -20,8 +26,38 @@ class Writer:
         self._error: BaseException | None = None
         self.saved = True  # the last save, for all that is known
 
-    def run(self, save: Callable[[], object], tidy: Callable[[], object]) -> bool:
-        """Run a save, in the background once the one before has ended, then `tidy`; return False for one that failed already."""
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that can't be saved in the background."""
+        if self.background and any(map(is_sharded, model.parameters())):
+            raise ValueError("background=True can't save a sharded model (fully_shard), whose ranks write together while training "
+                             "waits; use background=False")  # fmt: skip
+
+    def write(self, contents: Contents, save: Callable[[Contents], object], saved: Callable[[bool], object],
+              first: bool) -> bool:  # fmt: skip
+        """Check and `save` contents, in the background a copy of them, which the `first` rank alone makes; then tell `saved`.
+
+        Return False for a save that failed already.
+        """
+        contents.check()
+        copies = Copies()
+        if self.background:
+            if not first:
+                saved(False)
+                return True
+            contents.model, contents.state = copies.of(contents.model), copies.of(contents.state)
+
+        def write() -> None:
+            copies.wait()
+            save(contents)
+
+        return self._run(write, lambda: saved(first))
+
+    def tidy(self, act: Callable[[], object]) -> None:
+        """Tidy up what earlier runs left."""
+        self._run(lambda: None, act)
+        self.settle()
+
+    def _run(self, save: Callable[[], object], tidy: Callable[[], object]) -> bool:
         self.settle()
         if self.background:
             self._thread = threading.Thread(target=self._attempt, args=(save, tidy), name="hookloop checkpoint")
