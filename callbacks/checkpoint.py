@@ -51,7 +51,7 @@ class Checkpoint(Callback):
     def on_fit_start(self, state: State) -> None:
         """See that the folder can be written, and that it is this run's."""
         if state.ranks.first:
-            self._place.open(state.step, state.ranks.unread)
+            self._place.open(state.step, state.run, state.ranks.unread)
             self._writer.tidy(lambda: self._place.prune(self.keep, f"best of {self.key}"))  # what a kill cut off
         if state.ranks.sharded:
             store.check_same_folder(self.folder, state.ranks)

@@ -59,7 +59,7 @@ def capture(loop: Session) -> store.Contents:
         "seeded": state.seed is not None,
         "update_samples": None if state.loader is None else update_samples(loop.callbacks, state),
         "world": state.ranks.count,
-    }, beside, {"device": state.device.type, "seconds": state.seconds})  # fmt: skip
+    }, beside, {"device": state.device.type, "seconds": state.seconds, "run": state.run})  # fmt: skip
 
 
 def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     loop.stand_in = Chunk(*alone["stand_in"]) if alone.get("stand_in") else None
     loop.feed.load_state_dict(alone["data"])
     loop.train_loss.load_state_dict(alone["train_loss"], state.device)
-    state.saved = str(found.place)
+    state.saved, state.run = str(found.place), found.about.get("run")
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
     state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], alone["rng"]
     loop.validated_at = saved.get("validated", state.reported_at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -76,8 +77,8 @@ class State:
     after: list[Callable[[State], None]] = field(default_factory=list)  # of each applied update, once hooks have run
     accepts: list[Callable[[Optimizer], None]] = field(default_factory=list)  # raise for one that could not take over
     exchanged: list[Callable[[State], None]] = field(default_factory=list)  # told when another optimizer has
-    along: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = field(default_factory=dict)  # what was made of the
-    # weights, to be read when they are kept to go back to, and put back when they are
+    along: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = field(default_factory=dict)  # kept with the weights
+    run: str | None = field(default_factory=lambda: uuid.uuid4().hex)  # which run this is, over all restarts; None: not known
     given_loss: Any = None  # what loop.updating was given
     saved: str | None = None  # the last checkpoint, named beside an error
     spent: float = 0.0  # seconds of earlier entries, and what this one's began at

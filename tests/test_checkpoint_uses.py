@@ -203,6 +203,32 @@ def test_two_checkpoints_each_keep_their_own_best(tmp_path: Path) -> None:
     assert high.best == tmp_path / "acc" / "step-00000006"
 
 
+def test_a_folder_of_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path / "a", steps=3)
+    save_run(tmp_path / "b", steps=5)
+    kept = {path: path.read_bytes() for path in tmp_path.glob("*/*/*")}
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'a'}' holds step-00000003 of another run: give an empty folder"):
+        built_in(resuming(tmp_path / "b", Checkpoint(tmp_path / "a")), loss_fn, data(), steps=7)
+    assert kept == {path: path.read_bytes() for path in tmp_path.glob("*/*/*")}
+
+
+@pytest.mark.parametrize("how", ["itself", "link", "copy", "its second", "its second without a word of the run"])
+def test_a_folder_of_the_same_runs_checkpoints_is_gone_on_with(how: str, tmp_path: Path) -> None:
+    model = net(noise=False)
+    loop = Loop(model, adamw(model), [Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "second").named("second")])
+    built_in(loop, loss_fn, data(), steps=3)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    place = tmp_path / {"itself": "a", "link": "link", "copy": "copy"}.get(how, "second")
+    if how.endswith("run"):  # as before there was one
+        path = place / "step-00000003" / manifest.NAME
+        about = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("sha256", "run")}
+        path.write_text(manifest._text(about))
+    for steps in (5, 7):
+        built_in(resuming(tmp_path / "a" if steps == 5 else place, Checkpoint(place)), loss_fn, data(), steps=steps)
+    assert names(place) == ["step-00000003", "step-00000005", "step-00000007"]
+
+
 @pytest.mark.parametrize("spelled", ["runs", "runs/../runs", "link"])
 def test_two_checkpoints_on_one_folder_are_refused(spelled: str, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -28,12 +29,12 @@ class Folder:
             raise ValueError(f"folder must be the path of a folder, such as 'runs/a', not {folder!r}")
         self.path = Path(folder).absolute()  # the run may change its directory
 
-    def open(self, step: int, unread: Container[str] = ()) -> None:
-        """Make the folder ready for a run that stands at `step`; what can't be read beyond it, or is `unread`
+    def open(self, step: int, run: str | None, unread: Container[str] = ()) -> None:
+        """Make the folder ready for a `run` that stands at `step`; what can't be read beyond it, or is `unread`
         by other ranks, is renamed, with a warning.
 
         Raises OSError where it can't be written, ValueError for one that another Checkpoint of this program writes, or
-        that holds checkpoints beyond this run's step.
+        that holds checkpoints beyond this run's step, or of another run.
         """
         try:
             self._prepare()
@@ -48,6 +49,11 @@ class Folder:
                                  f"Loop(..., resume={str(self.path)!r}) to go on from it, or an empty folder")  # fmt: skip
             log.warning("%s can't be read: renamed, since this run comes by that step again", later)
             later.rename(later.with_name(f"unreadable-{later.name}"))
+        for earlier in list_checkpoints(self.path) if run is not None else ():
+            with contextlib.suppress(manifest.Damaged, manifest.Unknown):
+                if manifest.read(earlier, step_of(earlier)).get("run", run) not in (run, None):
+                    raise ValueError(f"folder {str(self.path)!r} holds {earlier.name} of another run: give an empty folder, or "
+                                     f"Loop(..., resume={str(self.path)!r}) to go on from that one")  # fmt: skip
 
     def close(self) -> None:
         """Let another write there."""
