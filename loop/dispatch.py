@@ -34,6 +34,7 @@ AROUND = {"on_setup", "on_fit_start", "on_micro_end", "on_before_optimizer_step"
           "on_fit_end"}  # fmt: skip
 # What these tell of has happened: where one callback fails, those behind it hear of it too, or would miss it for good.
 AFTER = ("on_step_end", "on_validation_end", "on_epoch_end")
+SAVES = ("state_dict", "load_state_dict")
 STEP = ("on_step_start", "on_micro_end", "on_before_optimizer_step", "on_step_end")  # a part of each update
 
 
@@ -44,7 +45,7 @@ def overridden(callback: Callback) -> set[str]:
 
 
 def check(callbacks: Iterable[Callback]) -> None:
-    """Refuse what could only go wrong later: no callback, a misspelt hook, shared keys or settings."""
+    """Refuse what could only go wrong later: no callback, a misspelt hook, state saved only, shared keys or settings."""
     keys: dict[str, Callback] = {}
     owners: dict[str, Callback] = {}
     for callback in callbacks:
@@ -65,6 +66,10 @@ def check(callbacks: Iterable[Callback]) -> None:
                 inspect.signature(getattr(callback, hook)).bind(None)
             except TypeError as error:
                 raise TypeError(f"{name}.{hook} must take one argument, state: {error}") from None
+        lacks = [m for m in SAVES if getattr(getattr(callback, m), "__func__", None) is getattr(Callback, m)]
+        if len(lacks) == 1:
+            raise TypeError(f"{name} overrides one of {' and '.join(SAVES)} alone, so a resumed run would begin its state anew; "
+                            f"write {lacks[0]} too")  # fmt: skip
         if keys.get(callback.key) is callback:
             raise ValueError(f"the same {name} stands in callbacks twice")
         if callback.key in keys:

@@ -302,6 +302,8 @@ def test_callback_state_must_be_plain(tmp_path: Path) -> None:
         def state_dict(self) -> dict[str, Any]:
             return {"where": {"path": Path("x")}}
 
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
     model = net()
     loop = Loop(model, adamw(model), [Checkpoint(tmp_path), Odd()])
     with pytest.raises(TypeError, match=r"\['callbacks'\]\['Odd'\]\['where'\]\['path'\] is a pathlib"):
@@ -326,6 +328,8 @@ def test_resume_refusals(tmp_path: Path) -> None:
 class Counting(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"count": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:

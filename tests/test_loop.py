@@ -1475,6 +1475,14 @@ def test_cb3_wrong_signatures() -> None:
         make(type("Right", (Callback,), {"on_step_end": method})())
 
 
+def test_cb3_state_that_is_saved_and_not_taken_back_is_refused() -> None:
+    half = {"state_dict": lambda self: {"n": 1}, "load_state_dict": lambda self, state: None}
+    for name, lacks in (("state_dict", "load_state_dict"), ("load_state_dict", "state_dict")):
+        with pytest.raises(TypeError, match=rf"Half overrides one of state_dict and load_state_dict alone.*write {lacks} too"):
+            make(type("Half", (Callback,), {name: half[name]})())
+        make(type("Inherits", (type("Whole", (Callback,), half),), {name: half[name]})())
+
+
 def test_cb4_what_is_no_callback_instance() -> None:
     with pytest.raises(TypeError, match=r"no Callback instance; write GradientAccumulation\(\.\.\.\)"):
         make(GradientAccumulation)  # type: ignore[arg-type]

@@ -191,6 +191,8 @@ class Unkept(Callback):
     def state_dict(self) -> dict[str, Any]:
         raise KeyError("mine")
 
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 class Backward(torch.autograd.Function):
     @staticmethod
