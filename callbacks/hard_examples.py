@@ -32,7 +32,7 @@ class HardExamples(Callback):
         whole("every (updates, None for an epoch)", every, 1)
         if folder is not None and (not isinstance(folder, str | os.PathLike) or not os.fspath(folder)):
             raise ValueError(f"folder must be the path of a folder, such as 'runs/a', or None, not {folder!r}")
-        self.k, self.every, self._table = k, every, Path(folder or "") / "hard_examples.csv"
+        self.k, self.every = k, every
         self.examples = dict[str, list[Example]]()
         self._times = dict[str, dict[int, int]]()
         self._open = dict[str, Held]()  # by split, with the update or evaluation under way
@@ -88,7 +88,7 @@ class HardExamples(Callback):
             self._host.put(("train", state.step, False), self._held, most_dims=4)
             self._drain(all=True)
         if self._events is not None and self._events.file is not None:
-            write(self._table, self.examples)
+            write(self._events.folder.with_suffix(".csv"), self.examples)
             self._events.close()
 
     def _drain(self, all: bool = False) -> None:
@@ -98,7 +98,7 @@ class HardExamples(Callback):
             times.update({p: times.get(p, 0) + 1 for p, _ in rows})
             self.examples[split] = [Example(p, loss, times[p], step) for p, loss in rows]
             if counted and self._events is not None and self._events.file is not None:
-                write(self._table, self.examples)
+                write(self._events.folder.with_suffix(".csv"), self.examples)
                 self._events.show(step, f"hard_examples/{split}", as_text(self.examples[split]),
                                   grid(found["pictures"][: len(rows)]) if "pictures" in found else None)  # fmt: skip
 

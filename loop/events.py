@@ -63,7 +63,7 @@ class Events:
     opened: ClassVar[WeakSet[Events]] = WeakSet()
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder, self.step = Path(folder), 0
+        self.folder, self.step = Path(folder).absolute(), 0  # the run may change its directory
         self.file: EventFile | None = None
         self.host = HostCopy()
         self._kept: dict[str, list[float]] = {}  # tag -> value and time of what was written at `_kept_step`
@@ -71,12 +71,12 @@ class Events:
 
     def open(self, step: int) -> None:
         """Hide what other files hold from this step on, and write again what is known to belong to this very step."""
-        if any(other.file is not None and other.folder.absolute() == self.folder.absolute() for other in self.opened):
+        if any(other.file is not None and other.folder.resolve() == self.folder.resolve() for other in self.opened):
             raise ValueError(f"folder {str(self.folder)!r} is written by another TensorBoard now; give each its own")
         known = self.step == step  # else nothing of this step is, so what stands there stays
         kept = self._kept if self._kept_step == step and known else {}
         try:
-            self.file = EventFile(self.folder.absolute(), step + (not known))
+            self.file = EventFile(self.folder, step + (not known))
         except OSError as error:
             raise OSError(f"TensorBoard can't write to folder={str(self.folder)!r}, give another: {error}") from error
         self.opened.add(self)

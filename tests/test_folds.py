@@ -284,6 +284,19 @@ def test_what_an_earlier_fold_has_trained_is_refused() -> None:
         validate(build=lambda fold: (net(), adamw(net()), [seed := Seed(0), seed]))
 
 
+def test_a_relative_folder_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moving(fold: int) -> Any:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        return build(fold)
+
+    validate(KFold(2), moving, epochs=1, folder="folds")
+    assert sorted(path.name for path in (tmp_path / "folds").iterdir()) == ["fold-0", "fold-0.json", "fold-1", "fold-1.json"]
+    assert not [*Path().iterdir()]
+
+
 class Gives:
     def __init__(self, *pairs: Any) -> None:
         self.pairs = pairs

@@ -436,6 +436,16 @@ def test_a_folder_that_cant_be_written_is_said_at_the_start(tmp_path: Path) -> N
         run(built_in, [HardExamples(3, folder=tmp_path / "file")])
 
 
+def test_a_relative_folder_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hard = HardExamples(3, folder="run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run(built_in, [hard], epochs=1)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"hard_examples", "hard_examples.csv"}
+    assert not [*Path().iterdir()]
+
+
 def test_a_table_that_cant_be_replaced_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "hard_examples.csv" / "x").mkdir(parents=True)
     with pytest.warns(UserWarning, match="HardExamples can't write .*hard_examples.csv"):

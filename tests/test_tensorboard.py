@@ -481,14 +481,30 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_one_writer_a_folder(tmp_path: Path) -> None:
-    first, second = TensorBoard(tmp_path), TensorBoard(str(tmp_path)).named("second")
+@pytest.mark.parametrize("spelled", ["run", "run/../run", "link"])
+def test_one_writer_a_folder(spelled: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    first, second = TensorBoard(tmp_path / "run"), TensorBoard(f"{tmp_path}/{spelled}").named("second")
     first.on_fit_start(alone())
-    with pytest.raises(ValueError, match=re.escape(f"{str(tmp_path)!r} is written by another TensorBoard")):
+    with pytest.raises(ValueError, match=re.escape(f"'{tmp_path}/{spelled}' is written by another TensorBoard")):
         second.on_fit_start(alone())
     first.on_fit_end(alone())
     second.on_fit_start(alone())
     second.on_fit_end(alone())
+
+
+def test_a_relative_folder_stays_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    state, board = alone(), TensorBoard("run", every=1)
+    for _ in range(2):  # entered again
+        os.chdir(tmp_path / "elsewhere")
+        board.on_fit_start(state)
+        drive(board, state, 1)
+        board.on_fit_end(state)
+    assert steps(read(tmp_path / "run"), "train/loss") == [1, 2]
+    assert not [*Path().iterdir()]
 
 
 def test_validation_before_the_first_step_and_no_step_at_all(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def cross_validate(build: Callable[[int], Built], dataset: Dataset[Any], splitte
                          "random_state")  # fmt: skip
     if val_dataset is not None and length(val_dataset) != length(dataset):
         raise ValueError(f"val_dataset has {length(val_dataset)} samples, dataset {length(dataset)}; give the same samples")
-    places = [None if folder is None else Path(folder) / f"fold-{i}" for i in range(len(folds))]
+    places = [None if folder is None else Path(folder).absolute() / f"fold-{i}" for i in range(len(folds))]
     about = [{"epochs": epochs, "batch_size": batch_size, "seed": seed, "shuffle": shuffle, "trains on": digest(fold.train),
               "validates on": digest(fold.val)} for fold in folds]  # fmt: skip
     known = [None if place is None else read(place, settings) for place, settings in zip(places, about, strict=True)]
