@@ -32,3 +32,36 @@ def test_tells_means_from_others_and_changes_nothing() -> None:
     assert torch.equal(stream, torch.random.get_rng_state())
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+class Counts(nn.Module):
+    """Embeds a whole number with sparse gradients, and counts its samples in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, 3, sparse=True)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += len(x)
+        self.last = x
+        return self.embed(x)
+
+
+def test_sparse_gradients_are_compared_and_buffers_are_put_back() -> None:
+    torch.manual_seed(0)
+    model, y = Counts(), Samples(33).y
+    loop = Loop(model, torch.optim.SparseAdam(model.parameters()))
+    count = model.count
+    assert check_mean(loop, loss_fn, (y, y)) < 1e-6
+    with pytest.raises(ValueError, match="no mean over samples"):
+        check_mean(loop, contrastive, (y, y))
+    assert (model.count is count, count.item(), model.last) == (True, 0.0, None)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_batch_that_cant_be_cut_is_refused(count: int) -> None:
+    model, data = net(), Samples(33)
+    with pytest.raises(ValueError, match=rf"batch holds {count} sample\(s\), which can't be cut in two; give at least 2"):
+        check_mean(Loop(model, adamw(model)), contrastive, (data.x[:count], data.y[:count]))
