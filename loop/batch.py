@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 Cut = Callable[[Any, int, int], Any]
+Size = Callable[[Any], int | None]
 REMEDY = "give Loop(..., cut=fn(batch, start, stop))"
 
 
@@ -128,7 +130,8 @@ def cut(batch: Any, start: int, stop: int, total: int, by: Cut | None = None) ->
                 return x
             raise TypeError(f"{path} is a {type(x).__name__}, which hookloop can't cut: {REMEDY}")
         if n != total:
-            raise ValueError(f"{path} holds {n} where the batch holds {total} samples: {REMEDY}")
+            raise ValueError(f"{path} holds {n} where the batch holds {total} samples: {REMEDY}, and size=fn(batch) where it holds "
+                             f"another number than {total}")  # fmt: skip
         if isinstance(x, Tensor) and x.is_nested:
             return torch.nested.as_nested_tensor(list(x.unbind()[start:stop]), layout=x.layout)
         if isinstance(x, Tensor) and x.layout != torch.strided:
@@ -174,12 +177,38 @@ def join(parts: Sequence[Any], sizes: Sequence[int | None] = ()) -> Any | None:
     return first if same_value or all(p is first for p in parts) else None
 
 
-def measure(data: Any, weigh: Callable[[Any], Any] | None) -> int:
+def measure(data: Any, weigh: Callable[[Any], Any] | None, by: Size = size) -> int:
     """Return a batch's number of samples, or its weight where it shows none; raises TypeError naming the remedy."""
-    if (found := size(data)) is not None:
+    if (found := by(data)) is not None:
         return found
     if weigh is not None:
         return int(weigh(data))
     raise TypeError(f"no leaf of this {type(data).__name__} shows how many samples it holds: put a tensor with a batch "
-                    "dimension into it, or give Loop(..., weigh=fn), which counts them, and where batches are to be cut "
+                    "dimension into it, or give Loop(..., size=fn(batch)), and where batches are to be cut "
                     "cut=fn(batch, start, stop)")  # fmt: skip
+
+
+def counted(by: Callable[[Any], int]) -> Size:
+    """Return a user's `size`, whose answers are whole numbers."""
+
+    def found(batch: Any) -> int:
+        answer = by(batch)
+        if isinstance(answer, bool) or not hasattr(answer, "__index__") or operator.index(answer) < 0:
+            raise ValueError(f"size must return how many samples a batch holds, a whole number, at least 0, not {answer!r:.60}")
+        return operator.index(answer)
+
+    return found
+
+
+def complete(cut: Cut, measure: Callable[[Any], int]) -> Cut:
+    """Return a user's `cut`, whose pieces hold the samples asked for: else some would be lost, or used twice, without a word."""
+
+    def found(batch: Any, start: int, stop: int) -> Any:
+        part = cut(batch, start, stop)
+        if (holds := measure(part)) != stop - start:
+            raise ValueError(f"cut(batch, {start}, {stop}) gave a batch of {holds} samples, not of {stop - start}: have it return "
+                             "just these, and where a batch's samples are not the first dimension of its first tensor, say how "
+                             "many it holds: Loop(..., cut=cut, size=fn(batch))")  # fmt: skip
+        return part
+
+    return found

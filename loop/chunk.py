@@ -35,3 +35,14 @@ def piece(chunk: Chunk, start: int, stop: int, cut: batches.Cut | None) -> Chunk
     total = chunk.size or 0
     index = chunk.index[start:stop] if chunk.index is not None and len(chunk.index) == total else None
     return Chunk(batches.cut(chunk.data, start, stop, total, cut), index, stop - start)
+
+
+def joined(parts: list[Chunk], cut: batches.Cut | None) -> list[Chunk]:
+    """Return measured chunks as one where they can be joined, else as they are."""
+    if len(parts) < 2 or cut is not None:  # the dimension along which a user's cut cuts is known to it alone
+        return parts
+    if (data := batches.join([part.data for part in parts], [part.size for part in parts])) is None:
+        return parts
+    known = all(part.index is not None for part in parts)
+    index = [i for part in parts for i in part.index or ()] if known else None
+    return [Chunk(data, index, sum(part.size or 0 for part in parts))]

@@ -12,7 +12,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
 from .checks import refuse
-from .chunk import Chunk, fresh, own, piece
+from .chunk import Chunk, fresh, joined, own, piece
 from .order import Order, dealt, length
 from .reading import STOPPED, died, explain, miscounted, reshaped, shut_down, unsharded
 from .reshard import check_dealer, without
@@ -224,11 +224,7 @@ class Feed:
     def _gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
         found: list[Chunk] = []
         for _ in range(accumulate):
-            parts = self._take(batch_size)
-            if len(parts) > 1 and (joined := batches.join([part.data for part in parts])) is not None:
-                known = all(part.index is not None for part in parts)
-                index = [i for part in parts for i in part.index or ()] if known else None
-                parts = [Chunk(joined, index, sum(part.size or 0 for part in parts))]
+            parts = joined(self._take(batch_size), self.cut)
             for part in parts:
                 if part.part:  # a view's rounding may differ from that of a restored copy, which lies elsewhere in memory
                     part.data = batches.walk(part.data, fresh)

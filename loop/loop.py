@@ -36,10 +36,11 @@ class Loop(Updates):
     `autocast`: a dtype, or a function giving a context, for forward only. `scaler`: a `torch.amp.GradScaler`.
     `weigh(batch)`: what a micro-batch's mean loss is a mean over, a number or 0-d tensor (default: its samples, the
     first dimension of its first tensor); called on the batch as the loader yields it. `cut(batch, start, stop)`: for
-    batches that hookloop can't cut. `resume`: a checkpoint, or a folder of them: the newest good one, a fresh start if
-    there is none; with `strict=False` what fits, and a warning that lists the rest. `max_skips`: skipped updates in a row
-    that end the run. Raises TypeError or ValueError for what could only go wrong later: an optimizer that needs a closure,
-    callbacks that share a key or a setting, a misspelt hook.
+    batches that hookloop can't cut; no two are then joined. `size(batch)`: how many samples a batch holds, where that is not
+    the first dimension of its first tensor (a tuple of images, time before samples). `resume`: a checkpoint, or a folder of
+    them: the newest good one, a fresh start if there is none; with `strict=False` what fits, and a warning that lists the
+    rest. `max_skips`: skipped updates in a row that end the run. Raises TypeError or ValueError for what could only go
+    wrong later: an optimizer that needs a closure, callbacks that share a key or a setting, a misspelt hook.
     """
 
     def fit(self, loss_fn: Callable[[nn.Module, Any], Any], train_loader: Iterable[Any], val_loader: Any = None, *,

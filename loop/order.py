@@ -233,13 +233,13 @@ def apart(loader: Any, key: int | None) -> Iterator[None]:
             generator.set_state(state)
 
 
-def extent(loader: Any, walk: bool = True) -> tuple[int | None, int | None]:
+def extent(loader: Any, walk: bool = True, size: batches.Size = batches.size) -> tuple[int | None, int | None]:
     """Return the batches and samples of this rank's pass, None where unknown; `walk` through a custom batch sampler to see."""
     with dealt(dealer(loader)):
-        return _extent(loader, walk)
+        return _extent(loader, walk, size)
 
 
-def _extent(loader: Any, walk: bool) -> tuple[int | None, int | None]:
+def _extent(loader: Any, walk: bool, size: batches.Size) -> tuple[int | None, int | None]:
     count = length(loader)
     if isinstance(loader, DataLoader) and count is not None and not isinstance(loader.dataset, IterableDataset):
         sampler = loader.batch_sampler
@@ -249,7 +249,7 @@ def _extent(loader: Any, walk: bool) -> tuple[int | None, int | None]:
             with isolated(torch.device("cpu"), 0):
                 return count, sum(len(indices) for indices in sampler)
     if isinstance(loader, list | tuple):  # another sequence may load each batch as it is asked for it
-        sizes = [batches.size(data) for data in loader]
+        sizes = [size(data) for data in loader]
         return count, None if None in sizes else sum(n or 0 for n in sizes)
     return count, None
 

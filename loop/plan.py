@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from .batch import Size, size
 from .callback import Callback
 from .checks import whole
 from .dispatch import overridden
@@ -26,10 +27,12 @@ def update_samples(callbacks: Iterable[Callback], state: State) -> int | None:
     return None if size is None else size * shadow.accumulate
 
 
-def count_steps(callbacks: Iterable[Callback], state: State, epochs: int | None, steps: int | None) -> int | None:
+def count_steps(
+    callbacks: Iterable[Callback], state: State, epochs: int | None, steps: int | None, size: Size = size
+) -> int | None:
     """Return the updates from a run's first to its end; None where data have no length or a callback measures."""
     shape = [c for c in callbacks if {"batch_size", "accumulate"} & set(c.owns)]
-    batches, samples = extent(state.loader, walk=bool(shape))
+    batches, samples = extent(state.loader, bool(shape), size)
     state.epoch_samples = samples
     if epochs is None or batches is None or any(c.measured for c in shape):
         return steps

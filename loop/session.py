@@ -53,13 +53,14 @@ class Session(Saves, Forward):
                  resume: str | os.PathLike[str] | None = None,
                  autocast: torch.dtype | Callable[[], contextlib.AbstractContextManager[Any]] | None = None,
                  scaler: torch.amp.GradScaler | None = None, weigh: Callable[[Any], float | Tensor] | None = None,
-                 cut: batches.Cut | None = None, max_skips: int = 100, strict: bool = True) -> None:  # fmt: skip
+                 cut: batches.Cut | None = None, size: Callable[[Any], int] | None = None,
+                 max_skips: int = 100, strict: bool = True) -> None:  # fmt: skip
         check_optimizer(optimizer)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         whole("max_skips", max_skips, 1, none=False)
         flag("strict", strict)
-        for name, value in (("weigh", weigh), ("cut", cut)):
+        for name, value in (("weigh", weigh), ("cut", cut), ("size", size)):
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be a function, not {value!r}")
         if scaler is not None and not hasattr(scaler, "is_enabled"):
@@ -77,9 +78,11 @@ class Session(Saves, Forward):
         self.had = set[Tensor]()  # parameters that had a gradient
         self.hooks = table(self.callbacks)
         self.autocast = autocast_context(autocast, device)
-        self.weigh, self.cut, self.max_skips, self.resume, self.strict = weigh, cut, max_skips, resume, strict
-        self.measure = functools.partial(batches.measure, weigh=weigh)
-        self.feed, self.train_loss = Feed(cut, self.measure, strict), Mean()
+        self.weigh, self.max_skips, self.resume, self.strict = weigh, max_skips, resume, strict
+        self.size = batches.size if size is None else batches.counted(size)
+        self.measure = functools.partial(batches.measure, weigh=weigh, by=self.size)
+        self.cut = None if cut is None else batches.complete(cut, self.measure)
+        self.feed, self.train_loss = Feed(self.cut, self.measure, strict), Mean()
         self.feed.ranks, self.feed.rereads = self.state.ranks.count, self.state.ranks.together
         self.seed: int | None = None
         self.promised: int | None = None  # samples of an update, by the checkpoint
@@ -164,7 +167,7 @@ class Session(Saves, Forward):
                 to_train(state.model)
         self.modes = modes_of(state.model)
         if loader is not None:
-            state.total_steps = count_steps(self.callbacks, state, *self._end)
+            state.total_steps = count_steps(self.callbacks, state, *self._end, self.size)
             as_longest(state)
             self.feed.attach(loader)
             self._check_promised()

@@ -555,6 +555,68 @@ def test_dl7_errors_reach_the_user_with_the_remedy(form: Any) -> None:
     assert torch.allclose(found, trained(form, [KINDS["dict"](data)], Cuts()), rtol=1e-12, atol=0)
 
 
+def pictures(part: Tensor) -> Any:
+    """As a detection collate gives them: pictures of three rows each, and a list of what stands in each."""
+    return tuple(x.expand(3, 3) for x in part), [{"sum": x.sum()} for x in part]
+
+
+def in_time(part: Tensor) -> Any:
+    """Two moments of each sample, time before samples."""
+    return torch.stack([part, part]), torch.stack([part.sum(1)] * 2)
+
+
+ELSEWHERE: dict[str, Any] = {
+    "pictures": (pictures, lambda b, i, j: (b[0][i:j], b[1][i:j]), lambda b: len(b[0])),
+    "time": (in_time, lambda b, i, j: (b[0][:, i:j], b[1][:, i:j]), lambda b: b[0].size(1)),
+}
+
+
+def elsewhere(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch[1], list):
+        return torch.stack([(model(x) - y["sum"]).square().mean() for x, y in zip(*batch, strict=True)]).mean()
+    return (model(batch[0]).squeeze(2) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_samples_that_lie_elsewhere(form: Any, kind: str) -> None:
+    """By `size` and `cut` each is trained on once, in any cuts and batches; by `cut` alone samples would be lost, in silence."""
+    make, by, size = ELSEWHERE[kind]
+
+    def run(parts: list[Tensor], cuts: Cuts, **kwargs: Any) -> tuple[Tensor, Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1).double()
+        loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.05), [cuts], **kwargs)
+        state = form(loop, elsewhere, [make(part) for part in parts], epochs=2)
+        return model.weight.detach(), state
+
+    whole, _ = run([data[:10], data[10:]], Cuts())
+    for parts, cuts, sizes in (
+        ([data[:10], data[10:]], Cuts(micro=4), [4, 3, 3] * 4),
+        ([*data.split(4)], Cuts(batch=10), [4, 4, 2, 2, 4, 4] * 2),  # never joined: along what `cut` cuts nobody else knows
+        ([*data.split(4)], Cuts(batch=10, micro=3), [2, 2, 2, 2, 2, 2, 2, 2, 2, 2] * 2),
+    ):
+        found, state = run(parts, cuts, cut=by, size=size)
+        assert torch.allclose(found, whole, rtol=1e-12, atol=0)
+        assert [s for s, _, _ in cuts.seen] == sizes
+        assert (state.samples, state.total_steps, state.epoch_samples) == (40, 4, 20)
+    with pytest.raises(ValueError, match=r"cut\(batch, 0, 1\) gave a batch of \d samples, not of 1:.*size=fn"):
+        run([data[:10]], Cuts(micro=1), cut=by)
+    with pytest.raises(ValueError, match=r"holds .* samples: give Loop\(\.\.\., cut=fn.*size=fn"):
+        run([data[:10]], Cuts(micro=4), size=size)
+    carried = Cuts(batch=10)  # and without a cut such parts are not joined along anything else
+    assert torch.allclose(run([data[:4], data[4:10], data[10:14], data[14:]], carried, size=size)[0], whole, rtol=1e-12, atol=0)
+    assert [s for s, _, _ in carried.seen] == [4, 6] * 4
+
+
+@pytest.mark.parametrize("answer", [None, 2.0, -1, True, "8"])
+def test_a_size_is_a_whole_number(answer: Any) -> None:
+    with pytest.raises(ValueError, match=r"size must return how many samples.* a whole number, at least 0, not"):
+        trained(FORMS[1], [KINDS["dict"](data)], Cuts(micro=4), size=lambda batch: answer)
+    with pytest.raises(TypeError, match="size must be a function, not 8"):
+        trained(FORMS[1], [KINDS["dict"](data)], Cuts(), size=8)
+
+
 def test_what_goes_by_no_sample_is_not_joined() -> None:
     """Lists that hold a list or mapping for each sample, and tensors without a batch dimension: parts stay their own."""
     x = torch.zeros(2, 1)

@@ -162,7 +162,7 @@ def planned(loop: Loop, loader: Any) -> tuple[int | None, int]:
     # What measures has planned already, or says how it begins: a copy of it, for to ask may move it on.
     shape = [copy.deepcopy(c) if c.measured else c for c in shape if state.batch_size is None or not c.measured]
     shadow = State(state.model, state.optimizer, loader=loader, step=state.step, epoch=state.epoch,
-                   epoch_samples=extent(loader)[1] if shape else None, batch_size=state.batch_size,
+                   epoch_samples=extent(loader, size=loop.size)[1] if shape else None, batch_size=state.batch_size,
                    accumulate=state.accumulate)  # fmt: skip
     for callback in shape:
         callback.on_step_start(shadow)
