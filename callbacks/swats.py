@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..loop.checks import whole
 from ..loop.exchange import held
+from ..loop.factors import rates_of, without
 from ..loop.groups import Group
 from ..loop.host import HostCopy
 from ..loop.state import State
-from ..loop.wrapped import part
+from ..loop.wrapped import reals
 
 KEPT = ("mean", "settled", "count", "beta", "ended")
 
@@ -42,9 +43,8 @@ def sgd_rate(projected: float) -> Callable[[Group], float]:
 
     def rate(group: Group) -> float:
         if "momentum" not in group or group.get("dampening") or "alpha" in group:
-            raise ValueError(
-                "rate='swats' is one of SGD without dampening, and to gives another optimizer; give rate= a number"
-            )
+            raise ValueError("rate='swats' is one of SGD without dampening, and to gives another optimizer; give rate= a "
+                             "number")  # fmt: skip
         return projected * (1 - float(group["momentum"]))
 
     return rate
@@ -63,25 +63,26 @@ class ProjectedRate:
         self.tolerance, self.every, self.ended = tolerance, every, False
         self.mean, self.settled = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)  # 0: it has not
         self.count, self.beta, self.seen = 0, 0.0, 0.0
-        self._host, self._before = HostCopy(), list[Tensor]()
+        self._host, self._before, self._rates = HostCopy(), list[Tensor](), list[Any]()
 
     def keep(self, state: State) -> None:
-        """Copy the weights from before an update."""
+        """Copy the weights from before an update, and the rates that its factors will change."""
         if self.ended:
             return
-        now = [part(p) for p in held(state.optimizer)]
+        now, self._rates = [reals(p) for p in held(state.optimizer)], rates_of(state.optimizer)
         if [p.shape for p in now] != [p.shape for p in self._before]:
             self._before = [torch.empty_like(p) for p in now]
         torch._foreach_copy_(self._before, now)
 
     def measure(self, state: State) -> None:
-        """Take in the step that was applied."""
+        """Take in the step that was applied, without the factors on its rate, which the next optimizer's rate will have too."""
         if self.ended:
             return
         pairs = [(p, old) for p, old in zip(held(state.optimizer), self._before, strict=True) if p.grad is not None]
-        steps = torch._foreach_sub([part(p) for p, _ in pairs], [old for _, old in pairs])
+        taken = torch._foreach_sub([reals(p) for p, _ in pairs], [old for _, old in pairs])
+        steps = without([p for p, _ in pairs], taken, state.optimizer.param_groups, self._rates, state.rates)
         total = state.ranks.total if state.ranks.sharded else Tensor.clone
-        rate = projected_rate(steps, [part(p.grad) for p, _ in pairs if p.grad is not None], total)
+        rate = projected_rate(steps, [reals(p.grad) for p, _ in pairs if p.grad is not None], total)
         self.beta = state.optimizer.param_groups[0].get("betas", (0.0, 0.999))[1]
         self.count += 1
         self.mean, unbiased, agree = settle(self.mean.to(rate.device), rate, self.count, self.beta, self.tolerance)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import check_optimizer
+from .factors import rates_of
 from .groups import Group, own_rates, put
 from .schedulers import rates
 from .state import State
@@ -84,7 +85,7 @@ def exchange(state: State, new: Optimizer) -> None:
     old.state.clear()  # the user's variable still holds the optimizer, and would hold its memory
     if state.layer_rates:  # those of the old one are no measure now
         state.layer_rates |= rates(new)
-    state.rates = [r.clone() if isinstance(r := group["lr"], Tensor) else r for group in new.param_groups]
+    state.rates = rates_of(new)
     for tell in state.exchanged:
         tell(state)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .groups import Group
 
@@ -53,3 +54,16 @@ def put_back(groups: list[Group], before: list[Any]) -> None:
                 group[name].copy_(value)
             else:
                 group[name] = value
+
+
+def rates_of(optimizer: Optimizer) -> list[Any]:
+    """Return the groups' rates as they are now."""
+    return [r.clone() if isinstance(r := g["lr"], Tensor) else r for g in optimizer.param_groups]
+
+
+def without(parameters: list[Tensor], steps: Sequence[Tensor], groups: list[Group],
+            rates: list[Any], used: list[Any]) -> Sequence[Tensor]:  # fmt: skip
+    """Return parameters' steps divided by the factor that made of their groups' rates those used."""
+    changed = [(g, a, b) for g, a, b in zip(groups, rates, used, strict=True) if isinstance(a, Tensor) or (a and a != b)]
+    by = {p: b / a for g, a, b in changed for p in g["params"]}
+    return [step / by[p] if p in by else step for p, step in zip(parameters, steps, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import say
-from .factors import Asked, Factor, checked, multiply, put_back
+from .factors import Asked, Factor, checked, multiply, put_back, rates_of
 from .goal import number, plain
 from .groups import Group, own_rates
 from .micro_end import MicroEnd
@@ -90,7 +90,7 @@ class State:
     def __post_init__(self) -> None:
         own_rates(self.optimizer)
         self.places = {p: i for i, p in enumerate([p for g in self.optimizer.param_groups for p in g["params"]])}
-        self.rates = self._rates_now()
+        self.rates = rates_of(self.optimizer)
         self._rate_factors: list[Asked] = []
         self._decay_factors: list[Asked] = []
         self._grad_factors: list[float | Tensor] = []
@@ -265,11 +265,8 @@ class State:
         groups, rates, decays = self.optimizer.param_groups, self._rate_factors, self._decay_factors
         before = multiply(groups, rates, decays) if rates or decays else None
         self._rate_factors, self._decay_factors = [], []
-        self.rates, self.decays = self._rates_now(), [g.get("weight_decay") for g in groups] if decays else []
+        self.rates, self.decays = rates_of(self.optimizer), [g.get("weight_decay") for g in groups] if decays else []
         return before
-
-    def _rates_now(self) -> list[Any]:
-        return [r.clone() if isinstance(r := g["lr"], Tensor) else r for g in self.optimizer.param_groups]
 
     def restore_rates(self, before: list[Any] | None) -> None:
         """Put them back, so that whatever scheduler the user has never meets a factor."""

@@ -31,6 +31,11 @@ def part(x: Any) -> Any:
     return x.detach().to_local() if hasattr(x, "to_local") else x.detach()
 
 
+def reals(x: Any) -> Any:
+    """Return the same of a tensor, of a complex one the pairs of reals that it is to an optimizer."""
+    return torch.view_as_real(part(x)) if x.is_complex() else part(x)
+
+
 def reshard(model: nn.Module) -> None:
     """Have `fully_shard` let go of whole parameters, which it keeps where no backward followed a forward."""
     fsdp: list[Any] = [module for module in model.modules() if hasattr(type(module), "set_requires_gradient_sync")]

@@ -143,6 +143,66 @@ def test_swats_is_the_papers_algorithm(at: int | None, tolerance: float) -> None
         assert (a - b).abs().max() < 1e-10
 
 
+class Half(Callback):
+    """A factor on the second group's rate alone, from the third update on."""
+
+    def on_before_optimizer_step(self, state: State) -> None:
+        if state.step > 1:
+            state.scale_rate(0.5, 1)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("factors", [(Warmup(40),), (Half(),), (Half(), Warmup(40))])
+def test_what_multiplied_the_rate_multiplies_the_projected_one_once(factors: Any, as_tensor: bool) -> None:
+    """From SGD to SGD nothing changes at the switch."""
+    found = []
+    for switch in (SwitchOptimizer(lambda groups: SGD(groups, lr=1.0), 10, "swats"), None):
+        model = net(torch.float64, noise=False)
+        first, *others = model.parameters()
+        optimizer = SGD(
+            [{"params": [first]}, {"params": others}], lr=torch.tensor(0.01, dtype=torch.float64) if as_tensor else 0.01
+        )
+        used: list[list[float]] = []
+
+        class Watch(Callback):
+            def on_step_end(self, state: State) -> None:
+                used.append([float(rate) for rate in state.rates])  # noqa: B023
+
+        callbacks = [*copy.deepcopy(factors), Watch(), *([switch] if switch else [])]
+        built_in(Loop(model, optimizer, callbacks), loss_fn, loader(50, 8, torch.float64, shuffle=False), steps=16)
+        found.append(used)
+        assert switch is None or switch.used == pytest.approx(0.01)
+    for a, b in zip(*found, strict=True):
+        assert a == pytest.approx(b)
+
+
+def test_swats_takes_complex_parameters_as_pairs_of_reals() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0)))
+
+    x = torch.randn(6, 8, 4, dtype=torch.complex128, generator=torch.Generator().manual_seed(1))
+
+    def run(switch: list[Any]) -> Any:
+        model = Complex()
+        loop = Loop(model, Adam(model.parameters(), lr=0.01), switch)
+        built_in(loop, lambda model, b: (b @ model.w).abs().square().mean(), [*x], epochs=1)
+        return model
+
+    run([switch := SwitchOptimizer(lambda groups: SGD(groups, lr=1.0), 5, "swats")])
+    model, mean = Complex(), 0.0
+    optimizer = Adam(model.parameters(), lr=0.01)
+    for b in x[:5]:
+        optimizer.zero_grad()
+        (b @ model.w).abs().square().mean().backward()
+        old = model.w.detach().clone()
+        optimizer.step()
+        p, g = torch.view_as_real(model.w.detach() - old), torch.view_as_real(model.w.grad)
+        mean = 0.999 * mean + 0.001 * float((p * p).sum() / -(p * g).sum())
+    assert switch.used == pytest.approx(mean / (1 - 0.999**5))
+
+
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_what_had_settled_is_looked_at_with_a_delay_that_is_always_the_same(every: int) -> None:
     model = net(torch.float64, noise=False)
