@@ -16,7 +16,7 @@ from ..loop.wrapped import sharded
 from .batch_policies import Grow, Policy
 from .gradient_noise import over_ranks, two_batch_estimate, wide
 
-KEPT = ("means", "count", "growths", "_decided")
+KEPT = ("means", "count", "growths", "_decided", "_measured")
 log = logging.getLogger("hookloop")
 
 
@@ -110,4 +110,4 @@ class NoiseScale(Policy, Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._seen = state["seen"]
-        vars(self).update({name: state[name] for name in KEPT})
+        vars(self).update({name: state[name] for name in KEPT if name in state})

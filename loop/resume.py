@@ -71,6 +71,7 @@ def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
         "callbacks": {c.key: callbacks[c.key] for c in loop.callbacks if c.of_rank and c.key in callbacks},
         "buffers": own_buffers(loop.state),
         "samples": loop.state.samples,
+        "sizes": [loop.state.update_size, loop.state.micro_size],
         "stand_in": kept_stand_in(loop),
     }
 
@@ -158,7 +159,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
         setattr(state, name, saved["progress"][name])
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
-    state.samples = alone["samples"]
+    state.samples, (state.update_size, state.micro_size) = alone["samples"], alone.get("sizes") or (0, 0)
     load_buffers(state, alone.get("buffers") or {})
     loop.stand_in = Chunk(*alone["stand_in"]) if alone.get("stand_in") else None
     loop.feed.load_state_dict(alone["data"])

@@ -15,8 +15,9 @@ import torch
 from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, loader, loss_fn, net, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from hookloop.callbacks import Checkpoint, Diagnose, EarlyStopping, Seed, TensorBoard, Warmup
+from hookloop.callbacks import Checkpoint, Diagnose, EarlyStopping, NoiseScale, Seed, TensorBoard, Warmup
 from hookloop.callbacks.loss_curve import Interval, Point
 from hookloop.callbacks.verdicts import KINDS, REMEDIES, Finding, verdict
 from hookloop.loop import Loop, State
@@ -249,6 +250,28 @@ def test_killed_at_each_update_and_resumed_it_has_the_same_curves(form: Any, tmp
         assert_same_bits(whole[0], again[0])
         same(whole[1], again[1])
         assert {k: float(v) for k, v in whole[2].items()} == {k: float(v) for k, v in again[2].items()}
+
+
+def test_resumed_between_an_update_and_its_validation_it_names_the_same(tmp_path: Path) -> None:
+    """How large the update was, which the noise scale is held against, is known there too."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 1, generator=generator)
+    data = DataLoader(TensorDataset(x, (torch.rand(200, 1, generator=generator) < 0.03).float() * 60 + 0.01), 2)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return (batch[1] * (model(batch[0]) - 2).square()).mean()
+
+    def run(resume: Path | None = None) -> Any:
+        torch.manual_seed(0)
+        model, diagnose = nn.Linear(1, 1), Diagnose(target=0.05)
+        callbacks = [Seed(0), diagnose, NoiseScale(every=5), Checkpoint(tmp_path / str(resume), every=50, keep=9)]
+        loop = Loop(model, torch.optim.SGD(model.parameters(), lr=1e-4), callbacks, resume=resume)
+        state = loop.fit(loss, data, DataLoader(data.dataset, 50), steps=200, validate_every=50)
+        return diagnose.finding, state.update_size, state.micro_size
+
+    whole = run()
+    assert whole[0].kind == "plateau"
+    assert run(tmp_path / "None" / "step-00000200") == whole
 
 
 def test_around_a_loop_of_ones_own_and_in_tensorboard(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookloop.callbacks import (
+    Checkpoint,
     ClipGradients,
     DynamicBatchSize,
     GradientAccumulation,
@@ -458,6 +459,38 @@ def test_a_batch_of_one_sample_grows_or_says_why_not(caplog: pytest.LogCaptureFi
         assert "initial" in str(error)  # noqa: PT017
     else:
         assert micros.rows[-1][3] == 128 or caplog.records
+
+
+def test_resumed_behind_a_skipped_update_it_measures_what_it_would_have(tmp_path: Path) -> None:
+    """An update that was measured and then skipped is not measured again, in the run that goes on from there either."""
+
+    class SkipOnce(Callback):
+        def on_before_optimizer_step(self, state: State) -> None:
+            if (state.step, state.skipped) == (4, 0):
+                state.skip("once")
+
+        def on_epoch_end(self, state: State) -> None:
+            state.save("an epoch's end")
+
+    def run(resume: str | None = None) -> tuple[list[int], int, Any]:
+        sizes: list[int] = []
+
+        class Watch(Callback):
+            def on_step_end(self, state: State) -> None:
+                sizes.append(state.update_size)
+
+        (model, optimizer), noise = still(), NoiseScale(2, 0.5)
+        kept = Checkpoint(tmp_path / ("a" if resume is None else "b"), every=1, keep=99)
+        callbacks = [Seed(0), DynamicBatchSize(6, 48, 1.3, every=noise), SkipOnce(), Watch(), kept]
+        loop = Loop(model, optimizer, callbacks, resume=resume)
+        built_in(loop, quadratic, [torch.randn(6, D, generator=torch.Generator().manual_seed(i)) for i in range(5)], epochs=4)
+        return sizes, noise.count, noise.means
+
+    whole, count, means = run()
+    resumed, *measured = run(str(tmp_path / "a" / "step-00000004.2"))  # at the end of the epoch whose last update was skipped
+    assert resumed == whole[4:]
+    assert measured[0] == count
+    assert torch.equal(measured[1], means)
 
 
 @pytest.mark.parametrize("order", [0, 1])
