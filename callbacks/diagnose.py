@@ -61,7 +61,7 @@ class Diagnose(Callback):
         self._now.top = max([self._now.top, *(r for r in state.rates if isinstance(r, float))])  # of tensors: at reports alone
         if (loss := state.metrics.get("loss")) is None:
             raise ValueError("Diagnose goes by the loss of each update: with loop.updating(loss=loss.detach())")
-        self._losses.append(loss.clone() if isinstance(loss, torch.Tensor) else loss)  # its program may fill it anew
+        self._losses.append(loss)
         if len(self._losses) >= CHUNK:
             self._take()
 

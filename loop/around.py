@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .dispatch import AROUND, OWNED, overridden
+from .outputs import as_now
 from .state import State
 
 
@@ -28,7 +29,7 @@ def given(loss: Tensor | float | None, samples: int) -> dict[str, Any]:
         raise ValueError(f"samples must be a whole number, at least 0, not {samples!r}")
     if isinstance(loss, Tensor) and loss.dim():
         raise ValueError(f"loss must be a 0-d tensor or a number, not shape {tuple(loss.shape)}")
-    return {} if loss is None else {"loss": loss.detach() if isinstance(loss, Tensor) else float(loss)}
+    return {} if loss is None else {"loss": as_now(loss) if isinstance(loss, Tensor) else float(loss)}
 
 
 def check_rates(state: State) -> None:

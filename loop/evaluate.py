@@ -19,7 +19,7 @@ from .guards import back_to_eval, modes_of, name_devices
 from .mean import Mean
 from .memory import out_of_memory
 from .order import apart
-from .outputs import checked, detached, single, weight_of
+from .outputs import as_now, checked, detached, single, weight_of
 from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
 from .rng import derive, isolated
 from .share import shortened
@@ -131,7 +131,7 @@ def _one_batch(loop: Session, loss_fn: Any, model: Any, read: Chunk, count: int,
         weight = weight_of(loop, chunk)
         for name, value in outputs.items():
             if single(value) and (isinstance(weight, torch.Tensor) or weight > 0):
-                means.setdefault(name, Mean()).add(value, weight)
+                means.setdefault(name, Mean()).add(as_now(value) if isinstance(value, torch.Tensor) else value, weight)
         loop.micro_end(chunk, batch, outputs, weight, count, False, split=split)
         start, count = start + b - a, count + 1
     return count

@@ -67,13 +67,18 @@ def single(value: Any) -> bool:
     return type(value) in (float, int) or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
+def as_now(value: Tensor) -> Tensor:
+    """Return a 0-d tensor without its graph, a copy of one that was not computed just now, for its program may fill it anew."""
+    return value.detach().clone() if value.grad_fn is None else value.detach()
+
+
 def singles(outputs: dict[str, Any]) -> dict[str, Any]:
     """Return the outputs that are one number, without their graph."""
     found = {}
     for name, value in outputs.items():
         if isinstance(value, Tensor):
             if not value.dim():
-                found[name] = value.detach()
+                found[name] = as_now(value)
         elif single(value):
             found[name] = plain(value)
     return found

@@ -995,6 +995,28 @@ def test_a_hook_may_evaluate_and_those_behind_it_see_what_they_would_have_seen(f
     assert loop.state.micro is loop.state.exception is None
 
 
+def test_numbers_that_the_program_fills_anew_are_averaged_as_they_were() -> None:
+    """As the static outputs of a CUDA graph of the user's own are."""
+    model, held = nn.Linear(1, 1), torch.zeros((), dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    data = [torch.full((1, 1), float(i)) for i in range(1, 5)]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        held.copy_(batch.sum())
+        return {"loss": model(batch).sum() if model.training else held, "held": held}
+
+    state = Loop(model, optimizer, [GradientAccumulation(4)]).fit(loss, data, data, epochs=1)
+    assert {name: float(state.metrics[name]) for name in ("held", "val_held", "val_loss")} == {
+        "held": 2.5, "val_held": 2.5, "val_loss": 2.5
+    }  # fmt: skip
+    with Loop(model, optimizer) as loop:
+        for batch in data:
+            held.copy_(batch.sum())
+            with loop.updating(loss=held, samples=1):
+                optimizer.step()
+        assert float(loop.train_loss.value()) == 2.5
+
+
 def test_metrics_of_a_step_stay_tensors_and_do_not_grow() -> None:
     loop = make()
     loop.fit(loss_fn, train(), val(), epochs=3)
