@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -50,10 +51,15 @@ class Goal:
         return value if isinstance(value, Goal) else cls(value)
 
     def read(self, state: State, who: str) -> float:
-        """Return the metric from `state.metrics`; raises KeyError that lists the metrics there are."""
-        if self.metric not in state.metrics:
-            there = ", ".join(sorted(state.metrics)) or "none"
-            raise KeyError(f"{who} watches {self.metric!r}, which was not reported; there are: {there}")
+        """Return the metric from `state.metrics`; raises KeyError that lists the metrics there are.
+
+        What the last update's own outputs gave, of one batch, is none of them.
+        """
+        there = sorted(state.metrics.keys() - (state.of_update - state.reported))
+        if self.metric not in there:
+            near = get_close_matches(self.metric, there, 1)
+            raise KeyError(f"{who} watches {self.metric!r}, which was not reported; there are: {', '.join(there) or 'none'}"
+                           f"{f'; the closest is {near[0]!r}' if near else ''}")  # fmt: skip
         return number(self.metric, state.metrics[self.metric])
 
     def better(self, value: float, best: float | None) -> bool:

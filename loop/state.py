@@ -69,6 +69,7 @@ class State:
     skip_reason: str | None = None
     stop_reason: str | None = None
     reported: set[str] = field(default_factory=set)  # names in metrics that the last report gave
+    of_update: set[str] = field(default_factory=set)  # names in metrics that updates' own outputs gave
     reported_at: int = -1
     writers: list[Callable[[State, list[str], Callable[[], Contents]], bool]] = field(default_factory=list)
     # a writer that is given no reasons waits for its last save, and tells whether it is on the disk
@@ -187,6 +188,7 @@ class State:
         self._logged[name] = value
         if not callable(value) and not self._evaluating:
             self.given({name: value})
+            self.of_update.discard(name)
 
     def given(self, metrics: Mapping[str, Any]) -> None:
         """Put what an update gave into `metrics`; what was reported under such a name before is the past."""

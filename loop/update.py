@@ -75,6 +75,7 @@ class Updates(Session):
         state.samples += samples
         state.skip_reason, self._skips = None, 0
         state.given(metrics)
+        state.of_update.update(metrics)
         if "loss" in metrics:
             self.train_loss.add(metrics["loss"], weight)
         try:

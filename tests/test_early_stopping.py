@@ -84,6 +84,36 @@ def test_es1_missing_metric_lists_those_there_are() -> None:
         built_in(loop, loss_fn, loader(), loader(), epochs=1)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("metric", "near"), [("loss", "val_loss"), ("accuracy", "val_accuracy")])
+def test_es1_what_the_last_update_gave_was_not_reported(form: Any, metric: str, near: str) -> None:
+    """The number of one training batch is no metric, but what a callback logs under any name is."""
+
+    class Logs(Callback):
+        def on_step_end(self, state: State) -> None:
+            state.log(metric, 1.0)
+            state.log("mine", 2.0)
+
+    text = rf"'{metric}', which was not reported; there are: (early_stopping, )?val_accuracy, val_loss; the closest is '{near}'"
+    loop = Loop(model := net(), adamw(model), [EarlyStopping(metric)])
+    with pytest.raises(KeyError, match=text):
+        form(loop, loss_fn, loader(), loader(), epochs=2)
+    assert loop.state.epoch == 0
+    for watched in (metric, "mine"):
+        loop = Loop(model := net(), adamw(model), [Logs(), EarlyStopping(watched, patience=2)])
+        assert form(loop, loss_fn, loader(), loader(), epochs=9).epoch == 3
+    loop = Loop(model := net(), adamw(model), [early := EarlyStopping(metric)])
+    with loop:
+        for _ in loop.epochs(1):
+            for step in loop.steps(loader()):
+                for micro in step:
+                    with micro:
+                        micro.backward(loss_fn)
+                loop.update()
+            loop.report({metric: 3.0})
+    assert early.tracker.best == 3.0
+
+
 @pytest.mark.parametrize(("value", "ok"), [
     (torch.tensor(1.0), True), (torch.tensor([1.0]), True), (1, True), (True, True), (torch.ones(2), False), ("low", False),
     (None, False),
