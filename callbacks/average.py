@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from ..loop.callback import Callback
 from ..loop.depth import bare
 from ..loop.state import State
 from ..loop.store import Named
-from .averaged import check, check_whole, first_argument, measure, take_in, to_measure
+from .averaged import check, check_whole, copied, first_argument, measure, take_in, to_measure
 
 
 class Average(Callback):
@@ -71,7 +70,7 @@ class Average(Callback):
             self._make(state).load_model(saved)
 
     def _make(self, state: State) -> Named:
-        self.model = state.eval_model = copy.deepcopy(bare(state.model)).requires_grad_(False).eval()
+        self.model = state.eval_model = copied(bare(state.model)).requires_grad_(False).eval()
         self._named = Named(self.model, state.optimizer)
         return self._named
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..loop.checks import among, share, whole
 from ..loop.wrapped import sharded
@@ -36,6 +38,30 @@ def check_whole(model: nn.Module) -> None:
                          "DistributedDataParallel, or leave Average out")  # fmt: skip
 
 
+class Detached(TorchFunctionMode):
+    """Has `copy.deepcopy` copy what torch refuses to: tensors that a forward computed, without their graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, also of one that keeps what a forward computed (`self.hidden = ...`)."""
+    with Detached():
+        return copy.deepcopy(model)
+
+
+def regrow(average: nn.Module, model: nn.Module) -> None:
+    """Replace the average's buffers whose place in the model holds another shape now, or was empty, or is."""
+    for mine, theirs in zip(average.modules(), model.modules(), strict=True):
+        for name, x in theirs._buffers.items():
+            if getattr(mine._buffers.get(name), "shape", None) != getattr(x, "shape", None):
+                kept = name not in theirs._non_persistent_buffers_set
+                mine.register_buffer(name, x if x is None else x.detach().clone(), kept)
+
+
 def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:
     """Return the average's norms that keep statistics, but for those that are frozen in training, in eval mode there."""
     both = zip(average.modules(), model.modules(), strict=True)
@@ -46,8 +72,11 @@ def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:
 def take_in(take: Take, average: nn.Module, model: nn.Module, count: int, measured: list[nn.Module]) -> None:
     """Take a model's parameters and running statistics into an average of `count`; other buffers are copied.
 
-    They may hold infinities, as a mask does, whose mean with themselves is NaN. What `measured` norms hold is left alone.
+    They may hold infinities, as a mask does, whose mean with themselves is NaN, or grow, as positions do. What `measured`
+    norms hold is left alone.
     """
+    if [x.shape for x in tensors(average)] != [x.shape for x in tensors(model)]:
+        regrow(average, model)
     left = {id(x) for norm in measured for x in norm.buffers(recurse=False)}
     norms = [m for m in average.modules() if getattr(m, "running_mean", None) is not None]
     means = {id(x) for x in average.parameters()} | {id(x) for norm in norms for x in norm.buffers(recurse=False)}

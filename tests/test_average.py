@@ -198,6 +198,46 @@ def test_buffers_that_are_no_statistics_are_copied(kind: str, batch_norm: str) -
     assert not torch.equal(average.model.get_buffer("body.1.running_mean"), model.body[1].running_mean)  # type: ignore[union-attr]
 
 
+class Keeps(nn.Module):
+    """What it computed last, in attributes and a list, positions that grow with the batch, and a buffer filled late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.hidden, self.all = net(seed=5), None, list[Any]()
+        self.register_buffer("positions", torch.zeros(1))
+        self.register_buffer("late", None)
+        self.old = torch.nn.utils.weight_norm(nn.Linear(3, 3))  # whose weight is computed in each forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > len(self.positions):
+            self.register_buffer("positions", torch.arange(float(len(x))), persistent=False)
+            self.late = torch.ones(len(x)) if len(x) > 4 else None
+        self.hidden = self.body(x) + 0 * self.positions[: len(x), None]
+        self.all.append(self.hidden)
+        return self.old(self.hidden)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_what_a_model_computes_and_regrows(kind: str) -> None:
+    model, average, weights = Keeps(), Average(kind, decay=0.5), Weights()
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    data = [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split([2, 3, 5, 6])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = Loop(model, optimizer, [average, weights])
+    state = loop.fit(lambda model, b: nn.functional.cross_entropy(model(b[0]), b[1]), data, data, epochs=2)
+    assert average.model is not None
+    assert average.count == state.step == 8
+    for name in ("positions", "late"):
+        assert torch.equal(average.model.get_buffer(name), model.get_buffer(name))
+    assert "positions" not in average.model.state_dict()
+    expected = weights.seen[0]["body.0.weight"]
+    for count, one in enumerate(weights.seen[1:], 1):
+        w = one["body.0.weight"]
+        expected = 0.5 * expected + 0.5 * w if kind == "ema" else expected + (w - expected) / (count + 1)
+    assert torch.allclose(average.model.state_dict()["body.0.weight"], expected)
+
+
 def test_what_a_frozen_norm_keeps_is_not_measured() -> None:
     average, before = Average("swa", batch_norm="measure"), net(seed=5)[1].running_mean
     run(built_in, average, Unfreeze({9: "^1"}))
