@@ -100,7 +100,7 @@ class Average(Callback):
                 raise ValueError(
                     "Average saw no micro-batch of this update, as around your own loop: take batch_norm='average'"
                 )
-            measure(self.forward, average, norms, batch)
+            measure(state, self.forward, average, norms, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average, of how many, and of what kind."""

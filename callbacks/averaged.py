@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..loop import rng
 from ..loop.checks import among, share, whole
+from ..loop.state import State
 from ..loop.wrapped import sharded
 
 Take = Callable[[list[Tensor], list[Tensor], int], Any]
@@ -90,12 +93,15 @@ def take_in(take: Take, average: nn.Module, model: nn.Module, count: int, measur
 
 
 @torch.no_grad()
-def measure(forward: Callable[[nn.Module, Any], Any], average: nn.Module, norms: list[nn.Module], batch: Any) -> None:
-    """Have these norms see a batch, all else in eval mode."""
+def measure(
+    state: State, forward: Callable[[nn.Module, Any], Any], average: nn.Module, norms: list[nn.Module], batch: Any
+) -> None:
+    """Have these norms see a batch as training does, all else in eval mode; what that draws moves no stream of training's."""
     for norm in norms:
         norm.train()
     try:
-        forward(average, batch)
+        with rng.isolated(state.device), (state.autocast or contextlib.nullcontext)():
+            forward(average, batch)
     finally:
         average.eval()
 

@@ -77,7 +77,7 @@ class Session(Saves, Forward):
         self._more = False  # whether any rank has data for another step
         self.had = set[Tensor]()  # parameters that had a gradient
         self.hooks = table(self.callbacks)
-        self.autocast = autocast_context(autocast, device)
+        self.autocast = self.state.autocast = autocast_context(autocast, device)
         self.weigh, self.max_skips, self.resume, self.strict = weigh, max_skips, resume, strict
         self.size = batches.size if size is None else batches.counted(size)
         self.measure = functools.partial(batches.measure, weigh=weigh, by=self.size)

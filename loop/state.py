@@ -58,6 +58,7 @@ class State:
     keep_buffers: bool = False  # from a step's start, so that an update that is skipped leaves none changed
     layer_rates: dict[Tensor, Any] = field(default_factory=dict)  # that a callback gave: initial_lr is no scheduler's then
     runner: Any = field(default_factory=Eager)
+    autocast: Callable[[], Any] | None = None  # that of each forward; the Loop's
     # outcome
     metrics: dict[str, Any] = field(default_factory=dict)
     rates: list[Any] = field(default_factory=list)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
@@ -132,6 +134,28 @@ def test_statistics_of_the_average_are_measured(form: Any) -> None:
             hand(batch)
             hand[1].eval()
     close(average, hand.state_dict())
+
+
+def test_what_is_measured_draws_from_no_stream_of_training_and_runs_under_its_autocast() -> None:
+    seen: list[Any] = []
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        seen.append(nn.functional.linear(batch[0], model[0].weight).dtype)
+        return model(batch[0] + torch.randn_like(batch[0]) + random.random() + np.random.random())
+
+    def trained(*own: Callback) -> Any:
+        model = net()
+        random.seed(0)
+        np.random.seed(0)
+        loop = Loop(model, adamw(model), own, autocast=torch.bfloat16)
+        loop.fit(loss_fn, loader(40, 8), epochs=2)
+        return bits(loop), torch.rand(3), random.random(), np.random.random()
+
+    (alone, *streams), (beside, *others) = trained(), trained(Average(batch_norm="measure", forward=forward))
+    assert_same_bits(alone, beside)
+    assert torch.equal(streams[0], others[0])
+    assert streams[1:] == others[1:]
+    assert seen == [torch.bfloat16] * 10
 
 
 @pytest.mark.parametrize("batch_norm", ["average", "measure"])
