@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from ..loop.callback import Callback
-from ..loop.rules import Rule, rule_list, select
+from ..loop.rules import Rule, check_alone, rule_list, select
 from ..loop.state import State
 
 Value = float | Mapping[int, float] | Callable[[float], float]
@@ -51,6 +51,7 @@ class Dropout(Callback):
             raise ValueError(f"the model, a {type(state.model).__name__}, has no dropout to set; leave Dropout out")
         chosen = set(found) if self.rules is None else select("modules", self.rules, state.model, found)
         self._found = {module: name for module, name in found.items() if module in chosen}
+        check_alone(self, Dropout, self._found)
         self._before = {module: getattr(module, name) for module, name in self._found.items()}
         if callable(self.p) and state.total_steps is None:
             raise ValueError("Dropout with a function needs the run's length, which is not known: give steps= to fit or epochs, "

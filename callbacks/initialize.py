@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..loop import rng
 from ..loop.callback import Callback
-from ..loop.rules import Rule, matches, named, rule_list, select
+from ..loop.rules import Rule, check_alone, matches, named, rule_list, select
 from ..loop.state import State
 from ..loop.store import is_sharded
 from ..loop.store.sharded import laid
@@ -65,12 +65,11 @@ class Initialize(Callback):
             raise ValueError("Initialize would draw other weights on each rank; add Seed(0) to callbacks")
         select("rules", self.rules, state.model, set(state.model.parameters()))
         drawn = decide(state.model, self.rules, self.bias)
+        check_alone(self, Initialize, [p for _, p, _ in drawn])
         for name, p, fill in drawn:
-            streams = (
-                contextlib.nullcontext() if state.seed is None else rng.isolated(state.device, rng.derive(state.seed, name))
-            )
+            seed = None if state.seed is None else rng.derive(state.seed, name)
             try:
-                with streams, torch.no_grad():
+                with contextlib.nullcontext() if seed is None else rng.isolated(state.device, seed), torch.no_grad():
                     draw(p, fill)
             except Exception as error:
                 raise ValueError(

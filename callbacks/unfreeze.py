@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loop.callback import Callback
-from ..loop.rules import Rule, rule_list, select
+from ..loop.rules import Rule, check_alone, rule_list, select
 from ..loop.state import State
 
 
@@ -45,6 +45,7 @@ class Unfreeze(Callback):
             if self._from.keys() >= mine:
                 raise ValueError(f"plan[{epoch}] decides nothing: epochs before it match all that it does")
             self._from = {**dict.fromkeys(mine, epoch), **self._from}
+        check_alone(self, Unfreeze, self._from)
         decided = {norm: own for norm, own in norms.items() if self._from.keys() >= {*own}}
         self._norms = {norm: min(self._from[x] for x in own) for norm, own in decided.items()}
         held = {p for group in state.optimizer.param_groups for p in group["params"]}

@@ -37,6 +37,7 @@ class Callback:
     of_rank: ClassVar[bool] = False
     _loop: Any = None
     _used: bool = False
+    _decides: frozenset[Any] = frozenset()  # modules or parameters, that no other of its kind may decide
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,7 +53,7 @@ class Callback:
 
     def __getstate__(self) -> Any:
         state = object.__getstate__(self)  # a copy belongs to no Loop
-        return {k: v for k, v in state.items() if k not in ("_loop", "_used")} if isinstance(state, dict) else state
+        return {k: v for k, v in state.items() if k not in ("_loop", "_used", "_decides")} if isinstance(state, dict) else state
 
     def __setstate__(self, state: Any) -> None:
         held, slots = state if isinstance(state, tuple) else (state, {})

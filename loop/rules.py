@@ -101,3 +101,14 @@ def by_rules(model: nn.Module, rules: Mapping[Rule, T],
             raise ValueError(f"rules has {rule!r}, which {problem}")
         found.update(dict.fromkeys(mine, value))
     return found
+
+
+def check_alone(callback: Any, kind: type[Any], mine: Iterable[Any]) -> None:
+    """Note what a callback decides; raises ValueError where another of its kind decides the same, so that the last would win."""
+    callback._decides, loop = frozenset(mine), callback._loop and callback._loop()
+    for other in (c for c in (loop.callbacks if loop else ()) if c is not callback and isinstance(c, kind)):
+        if both := callback._decides & other._decides:
+            modules, parameters = named(loop.state.model)
+            name = next(name for name, x in {**modules, **parameters}.items() if x in both)
+            raise ValueError(f"{other.key} and {callback.key} both decide {name!r}, and the last would win: give one of them "
+                             "rules that leave it out, or all rules to one")  # fmt: skip

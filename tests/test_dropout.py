@@ -129,5 +129,30 @@ def test_what_does_not_fit() -> None:
         Loop(model, adamw(model), [Dropout(lambda done: 2)]).fit(loss_fn, loader(), epochs=1)
 
 
+@pytest.mark.parametrize(("one", "other", "name"), [
+    (None, None, "attention"), (None, nn.Dropout2d, "block.1"), ("rnn", [nn.LSTM, nn.Dropout], "rnn"), ("block", None, "block.0"),
+])  # fmt: skip
+def test_two_that_set_the_same_are_refused(one: Any, other: Any, name: str) -> None:
+    model = Many()
+    both = [Dropout(0.1, one), Dropout(0.4, other).named("second")]
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), both)
+    with pytest.raises(ValueError, match=rf"Dropout and second both decide '{name}', and the last would win"):
+        loop.fit(lambda model, b: model.head.weight.sum(), loader(), epochs=1)
+
+
+def test_two_that_set_others_stand_side_by_side() -> None:
+    model, seen = Many(), []
+
+    class Watch(Callback):
+        def on_step_end(self, state: State) -> None:
+            seen.append(model.values())
+
+    both = [Dropout(0.6, "rnn"), Dropout(0.7, "block").named("second"), Watch()]
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), both)
+    for epochs in (1, 2):  # also where it is entered again
+        loop.fit(lambda model, b: model.head.weight.sum(), loader(8), epochs=epochs)
+    assert seen == [[0.1, 0.6, 0.7, 0.7, 0.7]] * 2
+
+
 def run_with(model: nn.Module, own: Callback) -> None:
     own.on_fit_start(State(model, torch.optim.SGD(model.parameters(), lr=0.1)))

@@ -160,6 +160,13 @@ def test_a_rule_that_decides_nothing(rules: Any) -> None:
         start(net(), Initialize(rules))
 
 
+def test_two_that_draw_the_same_are_refused() -> None:
+    model = net()
+    both = [Initialize({nn.Linear: "ones"}), Initialize({r"^0\.bias": "ones"}).named("second")]
+    with pytest.raises(ValueError, match=r"Initialize and second both decide '0\.bias', and the last would win"):
+        Loop(model, adamw(model), both).fit(loss_fn, loader(), epochs=1)
+
+
 def test_what_does_not_fit_the_model() -> None:
     with pytest.raises(ValueError, match=r"rules has 'wieght', which matches nothing; the closest are weight"):
         start(nn.Linear(2, 2), Initialize({"wieght": "zeros"}))

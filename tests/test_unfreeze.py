@@ -119,6 +119,12 @@ def test_statistics_stay_where_a_validation_of_the_users_own_ends_with_train(aff
     assert seen == [False, True]
 
 
+def test_two_that_plan_the_same_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unfreeze and second both decide '4\.weight', and the last would win"):
+        run(built_in, Unfreeze({1: "4"}), Unfreeze({2: "weight"}).named("second"))
+    run(built_in, Unfreeze({1: "4"}), Unfreeze({2: "^1"}).named("second"))
+
+
 def test_plans_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"plan leaves nothing to train before epoch 2; give epoch 0 rules of its own"):
         run(built_in, Unfreeze({2: "."}))
