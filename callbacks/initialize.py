@@ -14,8 +14,7 @@ from ..loop import rng
 from ..loop.callback import Callback
 from ..loop.rules import Rule, check_alone, matches, named, rule_list, select
 from ..loop.state import State
-from ..loop.store import is_sharded
-from ..loop.store.sharded import laid
+from ..loop.store.sharded import filled_by
 
 How = str | Callable[[Tensor], Any]
 
@@ -70,7 +69,7 @@ class Initialize(Callback):
             seed = None if state.seed is None else rng.derive(state.seed, name)
             try:
                 with contextlib.nullcontext() if seed is None else rng.isolated(state.device, seed), torch.no_grad():
-                    draw(p, fill)
+                    filled_by(fill, p)
             except Exception as error:
                 raise ValueError(
                     f"{name} of shape {tuple(p.shape)} can't be drawn so: {error}; give its layer another"
@@ -90,22 +89,19 @@ class Initialize(Callback):
         self._done = True
 
 
-def draw(p: Any, fill: Callable[[Tensor], Any]) -> None:
-    """Fill a parameter; a sharded one with its part of what the whole would be, however many ranks share it."""
-    fill(whole := p.full_tensor() if is_sharded(p) else p)
-    if whole is not p:
-        p.copy_(laid(whole, p))
-
-
 def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple[str, Tensor, Any]]:
     """Return name, parameter and function, once for each parameter that a rule decides."""
     (modules, parameters), found = named(model), dict[Tensor, tuple[str, Tensor, Any]]()
     idle = set(rules)
     for name, p in parameters.items():
         path, _, own = name.rpartition(".")
+        owner, computes, _ = f".{name}".partition(".parametrizations.")
         for rule, fill in rules.items():
             if isinstance(rule, str):
                 hit, how = matches(rule, name, modules), fill
+            elif computes and isinstance(modules[owner[1:]], rule):
+                raise ValueError(f"rules has {rule!r}, but {name} computes what it draws there, as weight_norm does: initialize "
+                                 f"that layer before it is parametrized, or name {name} before {rule.__name__}")  # fmt: skip
             else:
                 hit, how = isinstance(modules[path], rule), bias if "bias" in own else fill
             if hit and how is not None:

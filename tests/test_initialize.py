@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from hookloop.callbacks import Checkpoint, Initialize, NonFinite, Seed, WeightDecay
 from hookloop.loop import Callback, Loop, State
@@ -158,6 +159,24 @@ def test_ranks_draw_the_same_or_nothing() -> None:
 def test_a_rule_that_decides_nothing(rules: Any) -> None:
     with pytest.raises(ValueError, match=r"rules has .*, which decides nothing"):
         start(net(), Initialize(rules))
+
+
+@pytest.mark.parametrize("norm", [weight_norm, spectral_norm, orthogonal])
+def test_a_weight_that_is_computed_is_refused_by_class_and_drawn_by_name(norm: Any) -> None:
+    """To draw its biases alone, as if the weight had been drawn too, would say nothing of it."""
+    model = nn.Sequential(nn.Linear(3, 3), norm(nn.Linear(3, 3)))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    source = next(name for name in before if "parametrizations" in name)
+    with pytest.raises(
+        ValueError, match=rf"rules has .*Linear.*, but {source} computes what it draws there.*before it is param"
+    ):
+        start(model, Initialize({nn.Linear: "xavier_uniform"}))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    start(model, Initialize({"parametrizations": "ones", nn.Linear: "zeros"}))
+    assert {float(p.detach().unique()) for name, p in model.named_parameters() if "parametrizations" in name} == {1.0}
+    assert not any(p.any() for name, p in model.named_parameters() if "parametrizations" not in name)
+    with pytest.raises(ValueError, match=rf"but {source.removeprefix('1.')} computes"):
+        start(norm(nn.Linear(3, 3)), Initialize({nn.Linear: "zeros"}))
 
 
 def test_two_that_draw_the_same_are_refused() -> None:

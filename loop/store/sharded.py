@@ -167,6 +167,13 @@ def laid(x: Any, like: Any) -> Any:
     return mapped(x, cut)
 
 
+def filled_by(fill: Callable[[Tensor], Any], p: Any) -> None:
+    """Fill a parameter; a sharded one with its part of what the whole would be, however many ranks share it."""
+    fill(whole := p.full_tensor() if is_sharded(p) else p)
+    if whole is not p:
+        p.copy_(laid(whole, p))
+
+
 def mapped(x: Any, change: Callable[[Any, Places], Any], path: Places = ()) -> Any:
     """Return plain data with what `change` makes of each entry, which it is given with the keys that lead there."""
     if (changed := change(x, path)) is not x:
