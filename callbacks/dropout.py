@@ -40,6 +40,9 @@ class Dropout(Callback):
             if not p or any(isinstance(e, bool) or not isinstance(e, int) or e < 0 for e in p):
                 raise ValueError(f"p must map epochs (from 0) to probabilities, not {dict(p)!r}")
             p = {epoch: probability(value) for epoch, value in sorted(p.items())}
+        elif callable(p):
+            for done in (0.0, 0.5, 1.0):
+                probability(p(done), f"p({done:g})")
         self.p, self.rules = p, rule_list("modules", modules)
         self._found: dict[nn.Module, str] = {}
         self._before: dict[nn.Module, float] = {}
@@ -77,8 +80,8 @@ class Dropout(Callback):
         self._before = {}
 
 
-def probability(value: float) -> float:
+def probability(value: float, name: str = "p") -> float:
     """Return it; raises ValueError for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 <= value < 1):
-        raise ValueError(f"p must be a probability from 0 to below 1, not {value!r}")
+        raise ValueError(f"{name} must be a probability from 0 to below 1, not {value!r}")
     return float(value)

@@ -39,7 +39,9 @@ def make_optimizer(model: nn.Module, name: str, lr: float | Tensor | None = None
         near = get_close_matches(str(name).lower(), OPTIMIZERS, 1, 0)
         raise ValueError(f"name must be one of {', '.join(map(repr, OPTIMIZERS))}, not {name!r}; the closest is {near[0]!r}")
     known = [k for k in inspect.signature(kind).parameters if k not in ("params", "lr", "weight_decay")]
-    for option in options:
+    for option, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):  # which torch's own checks let pass for some
+            raise ValueError(f"{option} must be finite, not {value!r}")
         if option not in known:
             near = get_close_matches(option, known, 1, 0)
             raise TypeError(

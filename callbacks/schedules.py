@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from ..loop.checks import are_numbers, is_count, is_number
 from .rate_curves import CURVES, Curve, OneCycle
 
 log = logging.getLogger("hookloop")
@@ -32,16 +33,6 @@ TORCHS = {"one_cycle": (OneCycle, ("optimizer", "max_lr", "total_steps", "epochs
           "plateau": (ReduceLROnPlateau, ("optimizer", "mode"))}  # fmt: skip
 
 
-def is_number(x: Any, low: float, high: float = math.inf) -> bool:
-    """Tell whether x is a finite number from `low` to `high`."""
-    return isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high and x < math.inf
-
-
-def is_count(x: Any, least: int) -> bool:
-    """Tell whether x is a whole number from `least` on."""
-    return isinstance(x, int) and is_number(x, least)
-
-
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "after": (lambda x: is_count(x, 0) or (is_number(x, 0, 1) and 0 < x < 1), "a whole number of updates, or a share of them"),
     "decay": (lambda x: is_count(x, 1) or (is_number(x, 0, 1) and 0 < x < 1), "a whole number of updates, or a share of them"),
@@ -53,6 +44,13 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("end", "pct_start"), (lambda x: is_number(x, 0, 1), "a share, from 0 to 1")),
     "cycles": (lambda x: is_count(x, 1), "a whole number, at least 1"),
     "growth": (lambda x: is_number(x, 1), "a number, at least 1"),
+    "min_lr": (lambda x: are_numbers(x, 0), "a finite rate, at least 0, or one for each group"),
+    **dict.fromkeys(
+        ("base_momentum", "max_momentum"), (lambda x: are_numbers(x, 0, 1), "a number from 0 to 1, or one for each")
+    ),
+    **dict.fromkeys(("cycle_momentum", "three_phase"), (lambda x: isinstance(x, bool), "True or False")),
+    "anneal_strategy": (lambda x: x in ("cos", "linear"), "'cos' or 'linear'"),
+    "threshold_mode": (lambda x: x in ("rel", "abs"), "'rel' or 'abs'"),
     "shape": (lambda x: x in ("linear", "cosine", "sqrt"), "'linear', 'cosine' or 'sqrt'"),
     "timescale": (lambda x: x is None or (is_number(x, 0) and x > 0), "a number of updates above 0, or None for after"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +17,21 @@ def whole(name: str, value: Any, least: int, none: bool = True) -> None:
     """Refuse an argument that is neither None (where that may be) nor a whole number from `least` on."""
     if not (none and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"{name} must be a whole number, at least {least}, not {value!r}")
+
+
+def is_number(x: Any, low: float, high: float = math.inf) -> bool:
+    """Tell whether x is a finite number from `low` to `high`."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high and x < math.inf
+
+
+def are_numbers(x: Any, low: float, high: float = math.inf) -> bool:
+    """Tell whether x is such a number, or a list of them."""
+    return all(is_number(one, low, high) for one in x) if isinstance(x, list | tuple) else is_number(x, low, high)
+
+
+def is_count(x: Any, least: int) -> bool:
+    """Tell whether x is a whole number from `least` on."""
+    return isinstance(x, int) and is_number(x, least)
 
 
 def check_optimizer(optimizer: Any) -> None:

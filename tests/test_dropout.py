@@ -113,6 +113,13 @@ def test_bad_values(p: Any) -> None:
         Dropout(p)
 
 
+def test_a_function_is_tried_when_it_is_given() -> None:
+    with pytest.raises(ValueError, match=r"p\(1\) must be a probability from 0 to below 1, not 1.5"):
+        Dropout(lambda done: 1.5 * done)
+    with pytest.raises(ValueError, match=r"p\(0.5\) must be .* not 'half'"):
+        Dropout(lambda done: "half" if done == 0.5 else 0.0)  # type: ignore[arg-type, return-value]
+
+
 def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="modules has 'blok', which matches nothing; the closest are"):
         run_with(Many(), Dropout(0.1, "blok"))
@@ -125,7 +132,7 @@ def test_what_does_not_fit() -> None:
     model = net()
     with pytest.raises(ValueError, match="needs the run's length, which is not known: give steps="):
         Loop(model, adamw(model), [Dropout(lambda done: 0.1)]).fit(loss_fn, iter(list(loader())), epochs=1)
-    with pytest.raises(ValueError, match="p must be a probability from 0 to below 1, not 2"):
+    with pytest.raises(ValueError, match=r"p\(0\) must be a probability from 0 to below 1, not 2"):
         Loop(model, adamw(model), [Dropout(lambda done: 2)]).fit(loss_fn, loader(), epochs=1)
 
 

@@ -141,6 +141,10 @@ def test_on_a_gpu_momentum_is_not_fused_which_fails_for_a_layer_that_joins_later
         (("adamw", 0.1, True), {}, ValueError, "weight_decay must be a finite decay, at least 0, not True"),
         (("adamw", -0.1), {}, ValueError, "lr must be a finite rate, at least 0, a tensor of one, or None for .* not -0.1"),
         *[(("adamw", lr), {}, ValueError, f"lr must be .* not {lr!r}") for lr in ("0.1", True, float("inf"), float("nan"))],
+        *[
+            (("sgd", 0.1), {"momentum": m}, ValueError, f"momentum must be finite, not {m}")
+            for m in (float("nan"), float("inf"))
+        ],
         (("nesterov",), {"nesterov": False}, ValueError, "name is 'nesterov' and nesterov=False; name 'sgd'"),
     ],
 )

@@ -419,6 +419,16 @@ def test_tensorboard_shows_the_rates(tmp_path: Any) -> None:
         ("plateau", {"on": "val_loss", "cooldown": -1}, "cooldown must be .* not -1"),
         ("plateau", {"on": "val_loss", "threshold": math.nan}, "threshold must be a finite number, at least 0, not nan"),
         ("plateau", {"on": "val_loss", "eps": "0"}, "eps must be .* not '0'"),
+        ("plateau", {"on": "val_loss", "min_lr": "1e-5"}, "min_lr must be a finite rate, at least 0, or one for each group, not"),
+        ("plateau", {"on": "val_loss", "min_lr": math.nan}, "min_lr must be .* not nan"),
+        ("plateau", {"on": "val_loss", "min_lr": [0.1, -1.0]}, r"min_lr must be .* not \[0.1, -1.0\]"),
+        ("plateau", {"on": "val_loss", "threshold_mode": "relative"}, "threshold_mode must be 'rel' or 'abs', not 'relative'"),
+        ("one_cycle", {"base_momentum": math.nan}, "base_momentum must be a number from 0 to 1, or one for each, not nan"),
+        ("one_cycle", {"max_momentum": -1}, "max_momentum must be .* not -1"),
+        ("one_cycle", {"base_momentum": [0.8, True]}, r"base_momentum must be .* not \[0.8, True\]"),
+        ("one_cycle", {"cycle_momentum": "no"}, "cycle_momentum must be True or False, not 'no'"),
+        ("one_cycle", {"three_phase": 1}, "three_phase must be True or False, not 1"),
+        ("one_cycle", {"anneal_strategy": "cosine", "base_momentum": [0.8]}, "anneal_strategy must be 'cos' or 'linear', not 'cos"),
         ("plateau", {}, "on='step' doesn't fit 'plateau', which follows a metric: on='val_loss'$"),
         ("cosine", {"on": "epoch"}, "on='epoch' doesn't fit 'cosine', which goes by updates; leave on= out"),
         ("cosine", {"on": "val_loss"}, "on=Goal.* doesn't fit 'cosine'"),
@@ -434,6 +444,8 @@ def test_every_option_of_a_curve_is_checked() -> None:
     import inspect
 
     options = {p for curve in CURVES.values() for p in inspect.signature(curve).parameters} - {"t"}
+    for kind, own in TORCHS.values():
+        options |= inspect.signature(kind).parameters.keys() - {*own}
     assert options <= ALLOWED.keys()
 
 
