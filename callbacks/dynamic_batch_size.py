@@ -43,10 +43,11 @@ class DynamicBatchSize(Callback):
     `Steps({step: size})`: these sizes, from there on. A metric's name or `Goal`: each time its patience is used up, where
     a schedule would divide the rate (Smith et al. 2018, https://arxiv.org/abs/1711.00489). `NoiseScale()`: while the
     gradients' noise asks for more. The size is honoured to the sample whatever the loader's own batch is, and each sample
-    is still used once an epoch. The unrounded product grows; sizes are its multiples of `multiple_of`, and never more
-    than an epoch holds. With `GradientAccumulation(n)` an update holds n such batches; with `MicroBatch("auto")` a batch
-    beyond memory is cut. `scale_lr`: the rate's factor for a batch grown r times: "none" 1, "linear" r, "sqrt" its root.
-    Sizes are per rank. Raises ValueError for bad settings; a `maximum` that no epoch holds is clamped, and the log says so.
+    is still used once an epoch. The unrounded product grows; sizes are its multiples of `multiple_of`, but for the first,
+    `initial`, and the last, which is `maximum`, or what an epoch holds where that is less, as it is. With
+    `GradientAccumulation(n)` an update holds n such batches; with `MicroBatch("auto")` a batch beyond memory is cut.
+    `scale_lr`: the rate's factor for a batch grown r times: "none" 1, "linear" r, "sqrt" its root. Sizes are per rank.
+    Raises ValueError for bad settings; a `maximum` that no epoch holds is clamped, and the log says so.
     """
 
     owns, planned = ("batch_size",), True
