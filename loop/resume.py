@@ -54,6 +54,7 @@ def capture(loop: Session) -> store.Contents:
         "metrics": {name: value for name, value in sorted(state.metrics.items()) if store.plain(value)},
         "reported": [state.reported_at, sorted(state.reported)],
         "validated": loop.validated_at,
+        "of_update": sorted(state.of_update),
         "used": [[x if x is None or isinstance(x, torch.Tensor) else float(x) for x in y] for y in (state.rates, state.decays)],
         "seed": loop.seed,
         "seeded": state.seed is not None,
@@ -166,6 +167,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     loop.train_loss.load_state_dict(alone["train_loss"], state.device)
     state.saved, state.run = str(found.place), found.about.get("run")
     state.metrics, (state.reported_at, reported) = move(saved["metrics"], state.device), saved["reported"]
+    state.of_update = {*saved.get("of_update", ())}
     state.reported, loop.seed, loop.rng_to_restore = set(reported), saved["seed"], alone["rng"]
     loop.validated_at = saved.get("validated", state.reported_at)
     loop._saved_at, loop.promised, state.spent = state.step, promised(saved), found.about.get("seconds", 0.0)

@@ -47,7 +47,11 @@ def test_a_finished_command_run_again_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_killed_between_an_update_and_its_report(tmp_path: Path) -> None:
-    """What watches a step's own entry, or a training metric, finds it after a resume too."""
+    """What watches a number that is logged in a step, or a training metric, finds it after a resume too."""
+
+    class Logs(Callback):
+        def on_step_end(self, state: State) -> None:
+            state.log("own", state.metrics["accuracy"])
 
     class Die(Callback):
         def on_micro_end(self, state: State) -> None:
@@ -56,13 +60,15 @@ def test_killed_between_an_update_and_its_report(tmp_path: Path) -> None:
 
     def go(folder: Path, *more: Callback) -> Loop:
         watching = [Metrics({"acc": MulticlassAccuracy(3)}, training=True), EarlyStopping(Goal("train_acc", "max", 9)),
-                    EarlyStopping(Goal("accuracy", "max", 9)).named("step's own")]  # fmt: skip
+                    EarlyStopping(Goal("own", "max", 9)).named("step's own"), Logs()]  # fmt: skip
         loop = make(Checkpoint(folder, every=1), *watching, *more, resume=folder)
         built_in(loop, loss_fn, loader(), loader(20), epochs=3)
         return loop
 
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "a", Die())
+    with pytest.warns(UserWarning, match="not taken"), pytest.raises(KeyError, match="'accuracy', which was not reported"):
+        built_in(make(EarlyStopping("accuracy"), resume=tmp_path / "a", strict=False), loss_fn, loader(), loader(20), epochs=3)
     again, whole = go(tmp_path / "a"), go(tmp_path / "b")
     assert_same_bits(bits(again), bits(whole))
     same(*([c.state_dict() for c in loop.callbacks[2:5]] for loop in (again, whole)))
