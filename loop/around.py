@@ -32,6 +32,12 @@ def given(loss: Tensor | float | None, samples: int) -> dict[str, Any]:
     return {} if loss is None else {"loss": as_now(loss) if isinstance(loss, Tensor) else float(loss)}
 
 
+def moved(optimizer: Optimizer, steps: int) -> tuple[Any, ...]:
+    """Return what differs after a step of the optimizer: how many were counted, and, where it is compiled, a weight's version."""
+    p = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
+    return steps, None if p is None else p._version
+
+
 def check_rates(state: State) -> None:
     """Refuse rates that were changed while they held an update's factors, with which the change would be put back."""
     for group, used in zip(state.optimizer.param_groups, state.rates, strict=False):

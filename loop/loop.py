@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .around import check_rates, given, left_out
+from .around import check_rates, given, left_out, moved
 from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .guards import left_in_eval, warn_once
@@ -183,14 +183,15 @@ class Loop(Updates):
         if self.state._saves:  # before this update changes what they are to hold
             self._flush()
         if applied := self._gradients_final(True):
-            before, steps = self.state.apply_rates(), self.optimizer_steps
+            optimizer, before = self.state.optimizer, self.state.apply_rates()
+            stood = moved(optimizer, self.optimizer_steps)
             try:
                 yield
                 if before is not None:
                     check_rates(self.state)
             finally:
                 self.state.restore_rates(before)
-            if self.optimizer_steps == steps:
+            if moved(optimizer, self.optimizer_steps) == stood and hasattr(optimizer, "_optimizer_step_post_hooks"):
                 warn_once(self, "idle", "the optimizer made no step inside `with loop.updating():`, which counts an update all "
                                         "the same; call optimizer.step() there (a GradScaler goes to Loop(scaler=))")  # fmt: skip
         else:

@@ -543,7 +543,7 @@ def test_dl7_users_objects_pass_whole_where_nothing_cuts(form: Any) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_dl7_errors_reach_the_user_with_the_remedy(form: Any) -> None:
     bag = Bag(data, data.sum(1))
-    with pytest.raises(TypeError, match=r"Bag.*weigh=fn\), .*cut=fn\(batch, start, stop\)$"):
+    with pytest.raises(TypeError, match=r"Bag.*size=fn\(batch\)\), .*cut=fn\(batch, start, stop\)$"):
         trained(form, [bag], Cuts())
     with pytest.raises(TypeError, match=r"batch is a Bag.*cut="):
         trained(form, [bag], Cuts(micro=4), weigh=lambda b: len(b.x))
