@@ -70,7 +70,7 @@ def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
         "callbacks": {c.key: callbacks[c.key] for c in loop.callbacks if c.of_rank and c.key in callbacks},
-        "buffers": own_buffers(loop.state),
+        "buffers": own_buffers(loop.state, loop.given_buffers),
         "samples": loop.state.samples,
         "sizes": [loop.state.update_size, loop.state.micro_size],
         "stand_in": kept_stand_in(loop),

@@ -39,7 +39,7 @@ from .state import State
 from .step import Step
 from .store import Named
 from .wants import decide
-from .wrapped import check_shared, wrapping
+from .wrapped import check_shared, unsaved_buffers, wrapping
 
 log = logging.getLogger("hookloop")
 
@@ -89,6 +89,7 @@ class Session(Saves, Forward):
         self.given = given(self.callbacks)
         self.wrapping: set[Any]  # what shares the model between ranks
         self.settings: list[dict[str, Any]]  # of the parameter groups, as the program gave them
+        self.given_buffers: dict[str, Tensor]  # and the buffers that the state dict leaves out
         self.streams: rng.Streams | None = None
         self.rng_to_restore: dict[str, Any] | None = None
         self.modes: dict[nn.Module, bool] = {}  # of the model's modules while it trains
@@ -134,6 +135,7 @@ class Session(Saves, Forward):
                 state.exchanged = [functools.partial(follow, weakref.ref(self))]
                 self._run("on_setup")
                 self.settings, self.wrapping = Named(state.model, state.optimizer).options(), wrapping(state.model)
+                self.given_buffers = unsaved_buffers(state.model)
                 if self.resume is not None:
                     restore(self, self.resume, self.strict)
                 self._was_set_up = True

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .redo import overlapping
 
@@ -133,14 +134,24 @@ def each_alone(state: State) -> Iterator[None]:
             reshard(model)
 
 
-def own_buffers(state: State) -> dict[str, Any]:
-    """Return the buffers that the model's state dict leaves out, or that nobody makes the same on all ranks.
+def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
+    """Return a copy, on the host, of the buffers that a model's state dict leaves out."""
+    kept = model.state_dict(keep_vars=True).keys()
+    found = {n: b for n, b in model.named_buffers() if n not in kept and not hasattr(b, "device_mesh") and not is_lazy(b)}
+    return {n: b.detach().to("cpu", copy=True) for n, b in found.items() if b.layout == torch.strided and not b.is_nested}
 
-    FSDP2 never does, DDP does with `broadcast_buffers`.
+
+def own_buffers(state: State, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the buffers that nobody makes the same on all ranks, and those that the state dict leaves out.
+
+    Of these only what is no longer as the program gave it: FSDP2 never makes any the same, DDP does with `broadcast_buffers`.
     """
     alike = not state.ranks.together or getattr(state.model, "broadcast_buffers", False)
-    kept = state.model.state_dict(keep_vars=True).keys() if alike else ()
-    return {n: b.detach() for n, b in state.model.named_buffers() if n not in kept and not hasattr(b, "device_mesh")}
+    kept = state.model.state_dict(keep_vars=True).keys()
+    found = {
+        n: b.detach() for n, b in state.model.named_buffers() if not hasattr(b, "device_mesh") and not (alike and n in kept)
+    }
+    return {n: b for n, b in found.items() if n in kept or n not in given or not torch.equal(b.cpu(), given[n])}
 
 
 def load_buffers(state: State, saved: dict[str, Any]) -> None:

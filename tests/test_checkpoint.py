@@ -397,11 +397,12 @@ def test_st5_an_error_names_the_last_checkpoint(background: bool, form: Any, tmp
 class Counts(nn.Module):
     """Holds, and uses, buffers that its state dict leaves out."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: float = 0.0) -> None:
         super().__init__()
         self.net = net()
         self.register_buffer("seen", torch.zeros(()), persistent=False)
         self.register_buffer("wide", torch.zeros(1).expand(3), persistent=False)
+        self.register_buffer("given", torch.tensor(given), persistent=False)
 
     def forward(self, x: torch.Tensor) -> Any:
         self.seen += 1
@@ -409,9 +410,9 @@ class Counts(nn.Module):
 
 
 def test_buffers_that_the_state_dict_leaves_out_go_on_too(tmp_path: Path) -> None:
-    def run(kill: int | None, **given: Any) -> Loop:
+    def run(kill: int | None, unused: float = 0.0, **given: Any) -> Loop:
         torch.manual_seed(1)
-        model = Counts()
+        model = Counts(unused)
         loop = Loop(model, adamw(model), [Seed(0), Checkpoint(tmp_path / str(given), every=1), KillAt(kill)], **given)
         loop.fit(loss_fn, loader(), epochs=2)
         return loop
@@ -419,6 +420,7 @@ def test_buffers_that_the_state_dict_leaves_out_go_on_too(tmp_path: Path) -> Non
     expected = run(None)
     with pytest.raises(Killed):
         run(8, strict=True)
-    resumed = run(None, strict=True, resume=tmp_path / str({"strict": True}))
+    resumed = run(None, 5.0, strict=True, resume=tmp_path / str({"strict": True}))
     assert_same_bits(bits(expected), bits(resumed))
     assert resumed.state.model.seen == 14
+    assert resumed.state.model.given == 5.0  # which nothing but the program ever set
