@@ -137,8 +137,13 @@ def each_alone(state: State) -> Iterator[None]:
 def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
     """Return a copy, on the host, of the buffers that a model's state dict leaves out."""
     kept = model.state_dict(keep_vars=True).keys()
-    found = {n: b for n, b in model.named_buffers() if n not in kept and not hasattr(b, "device_mesh") and not is_lazy(b)}
-    return {n: b.detach().to("cpu", copy=True) for n, b in found.items() if b.layout == torch.strided and not b.is_nested}
+    return {n: b.detach().to("cpu", copy=True) for n, b in model.named_buffers() if n not in kept and dense(b)}
+
+
+def dense(x: Any) -> bool:
+    """Tell whether a tensor holds plain numbers, whole on this rank."""
+    odd = is_lazy(x) or x.is_meta or x.is_nested or x.is_quantized or hasattr(x, "device_mesh")
+    return x.layout == torch.strided and not odd
 
 
 def own_buffers(state: State, given: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def own_buffers(state: State, given: dict[str, Any]) -> dict[str, Any]:
     found = {
         n: b.detach() for n, b in state.model.named_buffers() if not hasattr(b, "device_mesh") and not (alike and n in kept)
     }
-    return {n: b for n, b in found.items() if n in kept or n not in given or not torch.equal(b.cpu(), given[n])}
+    return {n: b for n, b in found.items() if n in kept or (dense(b) and not (n in given and torch.equal(b.cpu(), given[n])))}
 
 
 def load_buffers(state: State, saved: dict[str, Any]) -> None:
