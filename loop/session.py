@@ -78,7 +78,7 @@ class Session(Saves, Forward):
         self.had = set[Tensor]()  # parameters that had a gradient
         self.hooks = table(self.callbacks)
         self.autocast = self.state.autocast = autocast_context(autocast, device)
-        self.weigh, self.max_skips, self.resume, self.strict = weigh, max_skips, resume, strict
+        self.weigh, self.max_skips, self.resume = weigh, max_skips, resume
         self.size = batches.size if size is None else batches.counted(size)
         self.measure = functools.partial(batches.measure, weigh=weigh, by=self.size)
         self.cut = None if cut is None else batches.complete(cut, self.measure)
@@ -137,7 +137,7 @@ class Session(Saves, Forward):
                 self.settings, self.wrapping = Named(state.model, state.optimizer).options(), wrapping(state.model)
                 self.given_buffers = unsaved_buffers(state.model)
                 if self.resume is not None:
-                    restore(self, self.resume, self.strict)
+                    restore(self, self.resume, state.strict)
                 self._was_set_up = True
             acts, state.at_enter = state.at_enter, []
             for act in acts:
@@ -199,7 +199,7 @@ class Session(Saves, Forward):
             remedy = f"; give each of {count} ranks {promised / count:g}" if promised % count == 0 else (
                 f"; take a number of ranks that divides {promised}")  # fmt: skip
             refuse(f"an update holds {here * count} samples here and {promised} in the checkpoint's run (ranks times batch size "
-                   f"times accumulation){remedy if count > 1 else ''}", self.strict)  # fmt: skip
+                   f"times accumulation){remedy if count > 1 else ''}", self.state.strict)  # fmt: skip
 
     def _open_epoch(self, loader: Any) -> None:
         """Bring the loader to where the run stands."""

@@ -147,9 +147,10 @@ def dense(x: Any) -> bool:
 
 
 def own_buffers(state: State, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the buffers that nobody makes the same on all ranks, and those that the state dict leaves out.
+    """Return what a rank saves of its buffers beside the state dict, for a resumed run to go on with.
 
-    Of these only what is no longer as the program gave it: FSDP2 never makes any the same, DDP does with `broadcast_buffers`.
+    Those that nobody makes the same on all ranks (FSDP2 never does, DDP does with `broadcast_buffers`), and of those that the
+    state dict leaves out what is no longer as the program gave it.
     """
     alike = not state.ranks.together or getattr(state.model, "broadcast_buffers", False)
     kept = state.model.state_dict(keep_vars=True).keys()
