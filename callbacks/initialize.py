@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..loop import rng
 from ..loop.callback import Callback
-from ..loop.rules import Rule, check_alone, matches, named, rule_list, select
+from ..loop.rules import Rule, check_alone, check_shaped, matches, named, rule_list, select
 from ..loop.state import State
 from ..loop.store.sharded import filled_by
 
@@ -64,6 +64,7 @@ class Initialize(Callback):
             raise ValueError("Initialize would draw other weights on each rank; add Seed(0) to callbacks")
         select("rules", self.rules, state.model, set(state.model.parameters()))
         drawn = decide(state.model, self.rules, self.bias)
+        check_shaped({name: p for name, p, _ in drawn})
         check_alone(self, Initialize, [p for _, p, _ in drawn])
         for name, p, fill in drawn:
             seed = None if state.seed is None else rng.derive(state.seed, name)

@@ -91,17 +91,17 @@ class Schedule(Callback):
     def on_step_end(self, state: State) -> None:
         """Step the scheduler, where it goes by updates."""
         if self.on == "step":
-            schedulers.told(self._length, self.scheduler.step)
+            schedulers.step(self.scheduler, self._length)
 
     def on_validation_end(self, state: State) -> None:
         """Step it, where it goes by a metric."""
         if isinstance(self.on, Goal):
-            schedulers.told(self._length, self.scheduler.step, self.on.read(state, "Schedule"))
+            schedulers.step(self.scheduler, self._length, self.on.read(state, "Schedule"))
 
     def on_epoch_end(self, state: State) -> None:
         """Step it, where it goes by epochs."""
         if self.on == "epoch":
-            schedulers.told(self._length, self.scheduler.step)
+            schedulers.step(self.scheduler, self._length)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state, as far as it is plain data."""

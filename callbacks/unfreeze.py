@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loop.callback import Callback
-from ..loop.rules import Rule, check_alone, rule_list, select
+from ..loop.rules import Rule, check_alone, check_shaped, rule_list, select
 from ..loop.state import State
 
 
@@ -55,6 +55,7 @@ class Unfreeze(Callback):
         if late := [name for name, p in state.model.named_parameters() if p in self._from and p in state.ranks.frozen]:
             raise ValueError(f"plan unfreezes {', '.join(late[:3])}, frozen before DistributedDataParallel was built, and so "
                              "left to each rank alone: wrap the model unfrozen, Unfreeze freezes by itself")  # fmt: skip
+        check_shaped({name: p for name, p in state.model.named_parameters() if self._from.get(p, 0) > state.epoch})
         self._apply(state)
         if not any(p.requires_grad for p in held):
             raise ValueError(f"plan leaves nothing to train before epoch {min(self.plan)}; give epoch 0 rules of its own, such as "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from .depth import depths, is_norm
-from .rules import Rule, by_rules
+from .rules import Rule, by_rules, check_shaped
 
 Decay = float | Callable[[float], float]
 
@@ -22,8 +22,7 @@ def decide(model: nn.Module, rules: Mapping[Rule, Decay], default: Decay, exempt
     """Return parameter -> decay, by the first rule that matches any of its names; a useless rule is a ValueError."""
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    if lazy := [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]:
-        raise ValueError(f"{lazy[:3]} have no shape yet; run one batch through the model before building its optimizer")
+    check_shaped(parameters)
     spared = {p for n, p in parameters.items() if exempt and spares(n, modules[n.rpartition(".")[0]], p)}
     idle = "decides only biases, norms and vectors, kept at 0.0 unless exempt=False"
     ruled = by_rules(model, rules, lambda decay, mine: idle if decay and spared.issuperset(mine) else "")

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .store.named import cleaner
 
@@ -66,6 +67,12 @@ def nothing(rule: Rule, names: Iterable[str], modules: Mapping[str, nn.Module]) 
     known = names if isinstance(rule, str) else {type(module).__name__ for module in modules.values()}
     near = get_close_matches(getattr(rule, "__name__", str(rule)), sorted(known), 3, 0)
     return f"matches nothing; the closest are {', '.join(near)}"
+
+
+def check_shaped(parameters: Mapping[str, Any]) -> None:
+    """Refuse, of what is to be decided, parameters of lazy modules that have seen no data."""
+    if lazy := [name for name, x in parameters.items() if is_lazy(x)]:
+        raise ValueError(f"{lazy[:3]} have no shape yet; run one batch through the model before building its optimizer")
 
 
 def select(argument: str, rules: Iterable[Rule], model: nn.Module, among: Container[Any]) -> set[Any]:

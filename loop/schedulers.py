@@ -127,6 +127,17 @@ def told(length: int | None, act: Callable[..., Any], *args: Any) -> Any:
                          "it") from error  # fmt: skip
 
 
+def step(scheduler: Any, length: int | None, *args: Any) -> None:
+    """Step it; raises ValueError where groups were added since it was built, which torch takes for an error or leaves alone."""
+    first = (getattr(scheduler, "_schedulers", None) or [scheduler])[0]
+    built, now = len(getattr(first, "base_lrs", scheduler.optimizer.param_groups)), len(scheduler.optimizer.param_groups)
+    if built != now:
+        raise ValueError(f"{type(scheduler).__name__} was built on {built} parameter groups and the optimizer has {now} now, so "
+                         "that it has no rate for those added: add groups before, in on_setup at the latest; to train parameters "
+                         "later, Unfreeze keeps them in their groups")  # fmt: skip
+    told(length, scheduler.step, *args)
+
+
 def check_same(kind: str, here: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise ValueError for a saved scheduler of another kind or with other functions; warn of settings that it brings along."""
     if saved["kind"] != kind:

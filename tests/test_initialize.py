@@ -195,3 +195,8 @@ def test_what_does_not_fit_the_model() -> None:
         Initialize({nn.Linear: "zeros"}, bias=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rules must map"):
         Initialize("zeros")  # type: ignore[arg-type]
+
+
+def test_a_lazy_layer_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\['1.weight'\] have no shape yet; run one batch through the model"):
+        start(nn.Sequential(nn.Linear(6, 5), nn.LazyLinear(3)), Initialize({nn.Linear: "kaiming_normal"}, bias=None))

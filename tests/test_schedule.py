@@ -585,3 +585,22 @@ def test_a_schedule_keeps_no_loop_alive() -> None:
     del loop
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("kind", [
+    lambda o, n: lrs.CosineAnnealingLR(o, 50),
+    lambda o, n: lrs.SequentialLR(o, [lrs.ConstantLR(o), lrs.ExponentialLR(o, 0.9)], [50]),
+])  # fmt: skip
+def test_a_group_added_behind_the_scheduler_is_named(kind: Any) -> None:
+    class Adds(Callback):
+        def on_epoch_start(self, state: State) -> None:
+            if state.epoch == 1:
+                state.optimizer.add_param_group({"params": [state.model[-1].bias.requires_grad_(True)]})
+
+    model = net()
+    model[-1].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p is not model[-1].bias], lr=0.1)
+    loop = Loop(model, optimizer, [Adds(), Schedule(kind)])
+    with pytest.raises(ValueError, match=r"LR was built on 1 parameter groups and the optimizer has 2 now.*in on_setup"):
+        loop.fit(loss_fn, loader(16, 8), epochs=3)
+    assert loop.state.step == 3

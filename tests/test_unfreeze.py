@@ -138,3 +138,17 @@ def test_plans_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"Unfreeze needs on_epoch_start"), Loop(model, adamw(model), [Unfreeze(PLAN)]) as loop, \
             loop.updating():  # fmt: skip
         pass
+
+
+def lazy() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.LazyLinear(3))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_a_lazy_layer_may_train_at_once_and_is_named_where_it_is_to_wait() -> None:
+    model, optimizer = lazy()
+    Loop(model, optimizer, [Unfreeze({0: "2", 1: "."})]).fit(loss_fn, loader(16, 8), epochs=2)
+    assert model[2].weight.shape == (3, 5)
+    model, optimizer = lazy()
+    with pytest.raises(ValueError, match=r"\['2.weight', '2.bias'\] have no shape yet; run one batch"):
+        Loop(model, optimizer, [Unfreeze({0: "0", 1: "2"})]).fit(loss_fn, loader(16, 8), epochs=2)
