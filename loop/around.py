@@ -33,7 +33,7 @@ def given(loss: Tensor | float | None, samples: int) -> dict[str, Any]:
 
 
 def moved(optimizer: Optimizer, steps: int) -> tuple[Any, ...]:
-    """Return what differs after a step of the optimizer: how many were counted, and, where it is compiled, a weight's version."""
+    """Return what differs after an update: how many steps were counted, and a weight's version, for one written out by hand."""
     p = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
     return steps, None if p is None else p._version
 

@@ -1372,6 +1372,26 @@ def test_around_an_update_without_an_optimizers_step_is_told_once() -> None:
     assert len(told) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, in compiling
+@pytest.mark.parametrize("how", ["written out", "compiled"])
+def test_around_a_step_of_another_making_is_seen(how: str) -> None:
+    model = net(noise=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(optimizer.step, backend="eager") if how == "compiled" else None
+    with Loop(model, optimizer) as loop:
+        for batch in loader(20, 8):
+            loss_fn(model, batch)["loss"].backward()
+            with loop.updating():  # which warns where it sees none, and warnings are errors here
+                if compiled is not None:
+                    compiled()
+                else:
+                    with torch.no_grad():
+                        for p in model.parameters():
+                            p.sub_(p.grad, alpha=0.1)
+            optimizer.zero_grad()
+    assert loop.state.step == 3
+
+
 def test_around_a_resumed_run_says_that_it_does_not_know_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for resume in (None, tmp_path):
         model = net(noise=False)
