@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
@@ -216,11 +217,14 @@ class Step:
         loop.state.update_size = loop.state.micro_size = self.size
         if len(parts) == 1 and loop.weigh is None and self.size:  # what follows in short, for most steps are this
             return [Micro(self, 0, parts[0], self.size, None)]
-        every = [(part, weight_of(loop, part)) for part in parts]
-        weighed = [(part, w) for part, w in every if isinstance(w, Tensor) or w > 0]  # the mean loss of the others is 0/0
-        loop.state.micro_size = max([part.size or 0 for part, _ in weighed], default=0)
-        if loop.weigh is not None:
+        # a part whose weight is known to be 0 is left out: its mean loss is 0/0
+        if loop.weigh is None:
+            weighed: list[tuple[Chunk, Any]] = [(part, part.size) for part in parts if part.size]
+        else:
+            every = [(part, weight_of(loop, part)) for part in parts]
+            weighed = [(part, w) for part, w in every if isinstance(w, Tensor) or w > 0]
             self.weight = sum(weight for _, weight in weighed)
+        loop.state.micro_size = max([part.size or 0 for part, _ in weighed], default=0)
         if len(weighed) == 1:
             return [Micro(self, 0, *weighed[0], None)]
         if not weighed and not loop.state.ranks.together:
@@ -264,11 +268,15 @@ class Step:
             done = [micro for micro in done if not micro.stand_in]
         if len(done) == 1:
             return done[0].outputs or {}
-        means: dict[str, Any] = {}
-        for name in dict.fromkeys(name for micro in done for name in micro.outputs or ()):
-            gave = [(micro.outputs[name], micro.weight) for micro in done if micro.outputs and name in micro.outputs]
-            weight = self.weight if len(gave) == len(done) else sum(w for _, w in gave)
-            means[name] = weighted([value for value, _ in gave], [w / weight for _, w in gave])
+        outputs, means = [micro.outputs or {} for micro in done], dict[str, Any]()
+        weights = [micro.weight for micro in done]
+        shares = [w / self.weight for w in weights]
+        for name in dict.fromkeys(itertools.chain.from_iterable(outputs)):
+            gave, by = [one[name] for one in outputs if name in one], shares
+            if len(gave) < len(done):  # the mean over those that gave it
+                mine = [w for one, w in zip(outputs, weights, strict=True) if name in one]
+                by = [w / sum(mine) for w in mine]
+            means[name] = weighted(gave, by)
         return means
 
 
