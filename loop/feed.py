@@ -13,8 +13,8 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from . import batch as batches
 from .checks import refuse
 from .chunk import Chunk, fresh, joined, own, piece
-from .order import Order, dealt, length
-from .reading import STOPPED, died, explain, miscounted, reshaped, shut_down, unsharded
+from .order import Order, dealt
+from .reading import STOPPED, batches_of, died, explain, miscounted, nothing, regrown, reshaped, shut_down, unsharded
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
 from .shape import SAID, convertible, misfit, says_where, shape
@@ -44,6 +44,7 @@ class Feed:
         self._ahead: list[Any] = []
         self._first: Any = None
         self._stateful = self._ended = self._lied = False
+        self._length: int | None = None  # of an epoch, in loader batches, as it was planned with
         self._kept: tuple[Any, bool] | None = None  # a stateful loader's own state, and whether its epoch had ended
         self._before = 0, 0
         self._streams: list[torch.Generator] = []
@@ -64,6 +65,7 @@ class Feed:
             self._stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         if not isinstance(loader, Iterator):
             self._shape = shape(loader)
+        self._length = batches_of(loader)
         if batched and loader.num_workers and not getattr(loader, "in_order", True):
             log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
                         "resumed inside an epoch may repeat samples and miss others; leave in_order out")  # fmt: skip
@@ -198,13 +200,20 @@ class Feed:
             self._ended = True
             drawn = self.order.total if self.order is not None and self.order.skips else None
             with dealt(None if self.order is None else self.order.dealer, self.begun):
-                text = None if self._lied else miscounted(self.loader, self.read)
-            if text:
-                log.warning("%s: what counts on it, as state.total_steps and schedules do, is off", text)
-            if other := None if self._lied else reshaped(self.loader, self.read, drawn):
-                log.warning(other)
-            self._lied = self._lied or bool(text or other)
+                found = [miscounted(self.loader, self.read), reshaped(self.loader, self.read, drawn)]
+            self._warn(*found)
         return self.left is not None or bool(self.again)
+
+    def check_length(self) -> None:
+        """Warn of a loader that, told of the epoch, has another length than a run of so many epochs was planned with."""
+        if not self.begun:
+            self._warn(regrown(self.loader, self._length, self.epoch))
+
+    def _warn(self, *texts: str | None) -> None:
+        """Say, once in a run, that numbers of batches are not what they were said to be."""
+        for text in [text for text in texts if text and not self._lied]:
+            log.warning(text)
+        self._lied = self._lied or any(texts)
 
     def gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
         """Return the batches of one update: joined where they can be, else their parts; fewer at the epoch's end."""
@@ -265,16 +274,7 @@ class Feed:
         """Why the epoch gave no batch at all; None where it gave one, or began inside."""
         if self.read or self.begun or self.more():
             return None
-        if isinstance(self.loader, Iterator):
-            kind = type(self.loader).__name__
-            return f"the loader is an iterator ({kind}) with nothing left; pass what can be iterated again"
-        if text := without(self.loader):
-            return text
-        if self.order is not None and self.order.mapped:
-            count, loader = length(self.loader.dataset), self.loader
-            sizes = f"{count} samples, batch {loader.batch_size}, drop_last={loader.drop_last}"
-            return f"the loader gives 0 batches: {sizes}; give it more data or a smaller batch"
-        return f"the loader ({type(self.loader).__name__}) gives 0 batches; give it data"
+        return without(self.loader) or nothing(self.loader, self.order is not None and self.order.mapped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""

@@ -13,12 +13,15 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from .batch import leaves
 from .checks import say
-from .order import length
+from .order import dealer, dealt, length
 from .rng import isolated
 
 SHOWN, SECONDS = 8, 10.0
 STOPPED = ("StopIteration was raised inside the data set or its collate_fn, which would end the epoch early without a word; raise "
            "another error there, or leave the sample out")  # fmt: skip
+
+
+OFF = "what counts on it, as state.total_steps and schedules do, is off"
 
 
 def explain(error: BaseException, loader: Any, source: Iterator[Any], where: str, indices: Any) -> None:
@@ -85,7 +88,32 @@ def in_sequence(loader: Any, number: int) -> list[int] | None:
 def miscounted(loader: Any, gave: int) -> str | None:
     """Return what to say of a loader that gave another number of batches than its `len`."""
     said = length(loader)
-    return None if said in (None, gave) else f"{type(loader).__name__} says that it gives {said} batches and gave {gave}"
+    kind = type(loader).__name__
+    return None if said in (None, gave) else f"{kind} says that it gives {said} batches and gave {gave}: {OFF}"
+
+
+def batches_of(loader: Any) -> int | None:
+    """Return how many batches a loader says that an epoch has, None where it says nothing."""
+    with dealt(dealer(loader)):
+        return length(loader)
+
+
+def regrown(loader: Any, before: int | None, epoch: int) -> str | None:
+    """Return what to say of a loader whose length is another one now, told of the epoch, than the run was planned with."""
+    now = batches_of(loader)
+    return None if None in (now, before) or now == before else (
+        f"{type(loader).__name__} said that it gives {before} batches when the run was planned, and {now} in epoch {epoch}: {OFF}; "
+        "say in updates when to end: steps= in place of epochs=")  # fmt: skip
+
+
+def nothing(loader: Any, mapped: bool) -> str:
+    """Return what to say of a loader that gave no batch."""
+    if isinstance(loader, Iterator):
+        return f"the loader is an iterator ({type(loader).__name__}) with nothing left; pass what can be iterated again"
+    if mapped:
+        sizes = f"{length(loader.dataset)} samples, batch {loader.batch_size}, drop_last={loader.drop_last}"
+        return f"the loader gives 0 batches: {sizes}; give it more data or a smaller batch"
+    return f"the loader ({type(loader).__name__}) gives 0 batches; give it data"
 
 
 def reshaped(loader: Any, gave: int, drawn: int | None) -> str | None:

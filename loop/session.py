@@ -214,6 +214,8 @@ class Session(Saves, Forward):
             self.train_loss = Mean()
         feed.attach(loader)
         feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
+        if self._end[0] is not None:
+            feed.check_length()
         if self.rng_to_restore is not None:
             rng.restore(self.rng_to_restore, state.device)  # reaching the position drew numbers
             self.rng_to_restore = None

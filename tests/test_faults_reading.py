@@ -102,6 +102,35 @@ def test_dl6_a_length_that_lies(said: int, form: Any, caplog: pytest.LogCaptureF
     assert_same_bits(bits(expected), bits(loop))
 
 
+class Curriculum(Sampler[int]):
+    """Eight samples more in each epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 8 * (self.epoch + 1)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("end", "told"), [({"epochs": 3}, 3), ({"steps": 5}, 5)])
+def test_dl6_a_length_that_grows_with_the_epoch(
+    end: dict[str, int], told: int, form: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = make()
+    with caplog.at_level(logging.WARNING, "hookloop"):
+        form(loop, loss_fn, DataLoader(Samples(40), 8, sampler=Curriculum()), **end)
+    assert (loop.state.total_steps, loop.state.step) == (told, 6 if "epochs" in end else 5)
+    assert [record.message.split(":")[0] for record in caplog.records] == (
+        ["DataLoader said that it gives 1 batches when the run was planned, and 2 in epoch 1"] if "epochs" in end else []
+    )
+
+
 # DL10, DL11, DL13, DL14
 
 
