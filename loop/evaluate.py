@@ -45,9 +45,9 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
     modes = [(module, module.training) for module in model.modules()]
     seed = None if state.seed is None else derive(state.seed, "validation", state.step, state.rank)
     means: dict[str, Mean] = {}
-    if loop.feed.loader is loader and getattr(loader, "persistent_workers", False):
-        raise ValueError("the training loader can't be evaluated on while its persistent workers serve training; give a loader "
-                         "of its own over the same data")  # fmt: skip
+    if loop.feed.loader is loader and loop.feed.busy:
+        raise ValueError("the training loader can't be evaluated on while its persistent workers serve training, or its own "
+                         "state_dict says where training stands; give a loader of its own over the same data")  # fmt: skip
     outer, state._logged, state._evaluating = state._logged, {}, True
     key = None if loop.seed is None else derive(loop.seed, "validation", state.step, state.rank)
     with isolated(state.device, seed), apart(loader, key), torch.no_grad(), each_alone(state), loop.evaluating():

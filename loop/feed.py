@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
+from . import reading
 from .checks import refuse
 from .chunk import Chunk, fresh, joined, own, piece
-from .order import Order, dealt
-from .reading import STOPPED, batches_of, died, explain, miscounted, nothing, regrown, reshaped, shut_down, unsharded
+from .order import Order, dealt, tell_epoch
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
-from .shape import SAID, convertible, misfit, says_where, shape
+from .shape import SAID, convertible, dropped, misfit, says_where, shape
 from .store import plain
 
 END = object()
@@ -65,7 +65,7 @@ class Feed:
             self._stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         if not isinstance(loader, Iterator):
             self._shape = shape(loader)
-        self._length = batches_of(loader)
+        self._length = reading.batches_of(loader)
         if batched and loader.num_workers and not getattr(loader, "in_order", True):
             log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
                         "resumed inside an epoch may repeat samples and miss others; leave in_order out")  # fmt: skip
@@ -77,7 +77,7 @@ class Feed:
         if self.order is not None:
             self.order.close()
         if self.failed and not getattr(self.loader, "persistent_workers", False):
-            shut_down(self._source)
+            reading.shut_down(self._source)
         if not isinstance(self._opened, Iterator):
             self._source, self._ahead = iter(()), []
         self.loader, self.order, self.failed, self.constant = None, None, False, False
@@ -106,6 +106,8 @@ class Feed:
         if size is None or here is None or not convertible(self.loader, self._stateful):
             refuse(SAID["size"].format(here) + f" here and {size} in the checkpoint's run", self._strict)
             return
+        if odd := dropped(self.loader, self._shape["drawn"], size, here):
+            refuse(odd, self._strict)
         used, held = (self.read - (self.left is not None)) * size + self.offset, self._shape["drawn"]
         (self.read, self.offset), self.left = divmod(used if held is None else min(used, held), here), None
 
@@ -122,7 +124,8 @@ class Feed:
             if ended and read:
                 self._source, self._kept, self._ended = iter(()), (kept, True), True  # the next epoch begins with it
                 return
-        with isolated(device, derive(seed, "loader", epoch, rank)):
+        with isolated(device, key := derive(seed, "loader", epoch, rank)):
+            tell_epoch(self.loader, epoch)
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
                 seeds_samples = seeds_samples or self.loader.num_workers > 0 or self.rereads
@@ -132,7 +135,8 @@ class Feed:
             else:
                 self._source = self._reading(iter, self.loader)
                 if not (goes_on and read):
-                    seed_streams(derive(seed, "first", epoch, rank), generators(device))
+                    # one that goes on by its own state draws its order in `iter`, and is not seeded again
+                    seed_streams(key if self._stateful else derive(seed, "first", epoch, rank), generators(device))
                     self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
         if self.order is None or not self.order.skips:
             if seeds_samples and self.order is None and not isinstance(self.loader, list | tuple):  # which may draw here
@@ -140,19 +144,14 @@ class Feed:
             if not goes_on:
                 self._read_forward(read)
         if offset and self.left is None and self.more():
-            self.offset = offset
-            self._put_back(self._measured(self.left), offset)
+            chunk, self.left = self._measured(self.left), None
+            if offset < (chunk.size or 0):  # else all of it was used: the last one, which may be short, of another size
+                self.offset = offset
+                self._put_back(chunk, offset)
 
     def _read_forward(self, count: int) -> None:
         """Read what the run has used already, and leave it out."""
-        skipped: Iterable[int] = range(count)
-        if count and not isinstance(self.loader, list | tuple):
-            from tqdm.auto import tqdm
-
-            log.warning("%s can't be told where to go on, so its first %d batches are read again and left out; a loader "
-                        "with state_dict, such as torchdata's StatefulDataLoader, spares that",
-                        type(self.loader).__name__, count)  # fmt: skip
-            skipped = tqdm(skipped, desc="reading forward", unit="batch", leave=False, disable=None)
+        skipped = range(count) if isinstance(self.loader, list | tuple) else reading.forward(self.loader, count)
         for self.read in skipped:
             self._next()
         self.read = count
@@ -172,22 +171,22 @@ class Feed:
             found = act(*given)
             # torch's own iterator ends with nothing drawn: what is drawn was being read when it ended
             if found is END and drawn and isinstance(self._source, _BaseDataLoaderIter):
-                raise RuntimeError(STOPPED)
+                raise RuntimeError(reading.STOPPED)
             return found
         except Exception as error:
             self.failed = True
             known = drawn[0] if drawn and getattr(self.loader, "in_order", True) else None
-            explain(error, self.loader, self._source, f"loader batch {self.read} of epoch {self.epoch}", known)
+            reading.explain(error, self.loader, self._source, f"loader batch {self.read} of epoch {self.epoch}", known)
             raise
 
     def blames(self, error: BaseException | None) -> bool:
         """Tell whether an error came from reading; that of a dead worker comes up anywhere, by a signal."""
-        return self.failed or (isinstance(error, RuntimeError) and died(error, self._source))
+        return self.failed or (isinstance(error, RuntimeError) and reading.died(error, self._source))
 
     def _look_at(self, data: Any) -> None:
         """Warn of workers that all give the same; of the first batch a reference is kept until the second is there."""
         first, self._first = self._first, data if self.read == 0 else None
-        if self.read == 1 and first is not None and (text := unsharded(self.loader, first, data)):
+        if self.read == 1 and first is not None and (text := reading.unsharded(self.loader, first, data)):
             log.warning(text)
 
     def more(self) -> bool:
@@ -200,14 +199,14 @@ class Feed:
             self._ended = True
             drawn = self.order.total if self.order is not None and self.order.skips else None
             with dealt(None if self.order is None else self.order.dealer, self.begun):
-                found = [miscounted(self.loader, self.read), reshaped(self.loader, self.read, drawn)]
-            self._warn(*found)
+                text = reading.miscounted(self.loader, self.read)
+            self._warn(text and f"{text}: {reading.OFF}", reading.reshaped(self.loader, self.read, drawn))
         return self.left is not None or bool(self.again)
 
     def check_length(self) -> None:
         """Warn of a loader that, told of the epoch, has another length than a run of so many epochs was planned with."""
         if not self.begun:
-            self._warn(regrown(self.loader, self._length, self.epoch))
+            self._warn(reading.regrown(self.loader, self._length, self.epoch))
 
     def _warn(self, *texts: str | None) -> None:
         """Say, once in a run, that numbers of batches are not what they were said to be."""
@@ -265,6 +264,11 @@ class Feed:
         return chunk if chunk.size is not None else Chunk(chunk.data, chunk.index, self._measure(chunk.data))
 
     @property
+    def busy(self) -> bool:
+        """Whether another iterator of the loader would disturb training's, or what the loader says of its place."""
+        return getattr(self.loader, "persistent_workers", False) or (self._stateful and not self.over)
+
+    @property
     def over(self) -> bool:
         """Whether all of the epoch was used."""
         return self._ended and self.left is None and not self.again
@@ -274,7 +278,7 @@ class Feed:
         """Why the epoch gave no batch at all; None where it gave one, or began inside."""
         if self.read or self.begun or self.more():
             return None
-        return without(self.loader) or nothing(self.loader, self.order is not None and self.order.mapped)
+        return without(self.loader) or reading.nothing(self.loader, self.order is not None and self.order.mapped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position: epoch, loader batches read, and what is left of the last one."""

@@ -66,11 +66,9 @@ class Order:
         base = derive(seed, "sample", epoch, rank, *([begun] if begun else []))
         self.base = base if seeds_samples else None
         self.drawn.clear()
-        for owner in self._owners():
-            if hasattr(owner, "set_epoch"):
-                owner.set_epoch(epoch)
-        if getattr(loader._iterator, "_index_sampler", self) is not self:
-            loader._iterator = None  # persistent workers keep the sampler that they were started with
+        # persistent workers keep the sampler that they were started with, and the epoch that their data set was told
+        if getattr(loader._iterator, "_index_sampler", self) is not self or hasattr(loader.dataset, "set_epoch"):
+            loader._iterator = None
         object.__setattr__(loader, self.slot, self)  # DataLoader refuses a plain assignment
         try:
             source: Iterator[Any] = iter(loader)
@@ -105,9 +103,6 @@ class Order:
         if getattr(self.loader._iterator, "_index_sampler", None) is self:
             self.loader._iterator = None
 
-    def _owners(self) -> list[Any]:
-        return owners(self.loader, self.inner) if self.mapped else []
-
     def __len__(self) -> int:
         return len(self.inner)
 
@@ -126,7 +121,7 @@ class Order:
     def _indices(self) -> Iterator[Any]:
         compared = self.several and self.mapped and not any(hasattr(x, "set_epoch") for x in samplers(self.inner))
         with isolated(torch.device("cpu"), self.seed), dealt(self.dealer, self.begun):
-            for generator in own_generators(self._owners()):
+            for generator in own_generators(owners(self.loader, self.inner) if self.mapped else []):
                 generator.manual_seed(self.seed)
             iterator = iter(self.inner)
             first = list(itertools.islice(iterator, HEAD if compared else 1))
@@ -216,6 +211,13 @@ def own_generators(owners: Iterable[Any]) -> list[torch.Generator]:
     """Return the generators that a loader was given."""
     found = [getattr(owner, "generator", None) for owner in owners]
     return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def tell_epoch(loader: Any, epoch: int) -> None:
+    """Tell a loader, its samplers and its data set the epoch, where they ask for it (`set_epoch`)."""
+    for owner in [] if isinstance(loader, Iterator) else owners(loader, getattr(loader, "batch_sampler", None)):
+        if callable(getattr(owner, "set_epoch", None)):
+            owner.set_epoch(epoch)
 
 
 @contextlib.contextmanager

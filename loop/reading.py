@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .checks import say
 from .order import dealer, dealt, length
 from .rng import isolated
 
+log = logging.getLogger("hookloop")
 SHOWN, SECONDS = 8, 10.0
 STOPPED = ("StopIteration was raised inside the data set or its collate_fn, which would end the epoch early without a word; raise "
            "another error there, or leave the sample out")  # fmt: skip
@@ -88,8 +90,7 @@ def in_sequence(loader: Any, number: int) -> list[int] | None:
 def miscounted(loader: Any, gave: int) -> str | None:
     """Return what to say of a loader that gave another number of batches than its `len`."""
     said = length(loader)
-    kind = type(loader).__name__
-    return None if said in (None, gave) else f"{kind} says that it gives {said} batches and gave {gave}: {OFF}"
+    return None if said in (None, gave) else f"{type(loader).__name__} says that it gives {said} batches and gave {gave}"
 
 
 def batches_of(loader: Any) -> int | None:
@@ -104,6 +105,18 @@ def regrown(loader: Any, before: int | None, epoch: int) -> str | None:
     return None if None in (now, before) or now == before else (
         f"{type(loader).__name__} said that it gives {before} batches when the run was planned, and {now} in epoch {epoch}: {OFF}; "
         "say in updates when to end: steps= in place of epochs=")  # fmt: skip
+
+
+def forward(loader: Any, count: int) -> Iterable[int]:
+    """Return the numbers of the batches that are read only to be left out, under a progress bar, and say so."""
+    if not count:
+        return ()
+    from tqdm.auto import tqdm
+
+    log.warning("%s can't be told where to go on, so its first %d batches are read again and left out; a loader with state_dict, "
+                "such as torchdata's StatefulDataLoader, spares that", type(loader).__name__, count)  # fmt: skip
+    bar: Iterable[int] = tqdm(range(count), desc="reading forward", unit="batch", leave=False, disable=None)
+    return bar
 
 
 def nothing(loader: Any, mapped: bool) -> str:

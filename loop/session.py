@@ -212,17 +212,19 @@ class Session(Saves, Forward):
         state, feed = self.state, self.feed
         if feed.epoch != state.epoch:
             self.train_loss = Mean()
-        feed.attach(loader)
-        feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
-        if self._end[0] is not None:
-            feed.check_length()
+        state.loader = loader
         if self.rng_to_restore is not None:
-            rng.restore(self.rng_to_restore, state.device)  # reaching the position drew numbers
+            rng.restore(self.rng_to_restore, state.device)
             self.rng_to_restore = None
         if self.modes and not state.model.training:  # first, so that what a hook now changes stands
             back_to_train(self)
-        self._run("on_epoch_start")
+        self._run("on_epoch_start")  # before workers, or a batch read ahead, hold what it changes in the data
         self.modes = modes_of(state.model) or self.modes
+        feed.attach(loader)
+        with rng.isolated(state.device):  # reaching the position draws numbers
+            feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
+        if self._end[0] is not None:
+            feed.check_length()
         check_trained(self)
         if state.ranks.together:
             check_shared(state)

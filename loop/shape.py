@@ -53,6 +53,15 @@ def convertible(loader: Any, stateful: bool) -> bool:
     return standard(loader) and not (isinstance(loader.dataset, IterableDataset) and (stateful or loader.num_workers > 1))
 
 
+def dropped(loader: DataLoader[Any], drawn: int | None, there: int, here: int) -> str | None:
+    """Return what to say where two batch sizes leave other samples out at the epoch's end."""
+    left = {size: 0 if drawn is None else drawn // size * size for size in (here, there)}
+    if not loader.drop_last or left[here] == left[there]:
+        return None
+    return (f"with drop_last=True an epoch of batches of {here} holds {left[here]} samples here, and {left[there]}, of batches of "
+            f"{there}, in the checkpoint's run")  # fmt: skip
+
+
 def says_where(state: Any) -> bool:
     """Tell whether a loader's own state says more than how many batches to read again (torchdata's, without the data set's)."""
     return state is not None and (not (found := _of_data_sets(state)) or any(part is not None for part in found))

@@ -40,6 +40,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torchdata.nodes import Batcher, Mapper, MapStyleWrapper
+from torchdata.nodes import Loader as NodesLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hookloop.callbacks import (
@@ -274,6 +276,28 @@ class Bare:
             yield batch
 
 
+def test_rs3_a_stateful_loader_that_draws_its_order_with_the_first_batch(tmp_path: Path) -> None:
+    def nodes() -> Any:
+        held = MapStyleWrapper(Samples(48), RandomSampler(range(48)))
+        return NodesLoader(Mapper(Batcher(held, 8), torch.utils.data.default_collate))
+
+    built_in(expected := make(None, log := Log()), loss_fn, nodes(), epochs=2)
+    for kill in (2, 4, 6, 7, 9):
+        killed(tmp_path / str(kill), kill, nodes())
+        built_in(loop := make(tmp_path / str(kill), log2 := Log()), loss_fn, nodes(), epochs=2)
+        assert_same_bits(bits(expected), bits(loop))
+        assert log2.samples == {step: rows for step, rows in log.samples.items() if step >= kill - 1}
+
+
+def test_rs3_a_stateful_loader_is_not_evaluated_on_inside_its_epoch() -> None:
+    train, _ = stateful()
+    with pytest.raises(ValueError, match=r"training loader can't be evaluated on while .* its own state_dict says"):
+        make(None).fit(loss_fn, train, train, epochs=2, validate_every=2)
+    train, _ = stateful()
+    loop = make(None).fit(loss_fn, train, train, epochs=2)  # at an epoch's end it may
+    assert (loop.step, "val_loss" in loop.metrics) == (12, True)
+
+
 def test_rs3_a_plain_iterable_is_read_forward(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected, train = make(None), Bare()
     built_in(expected, loss_fn, Bare(), epochs=2)
@@ -439,7 +463,7 @@ class Shards(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
-        for i in range(first, 64, step):
+        for i in range(first, len(self.held), step):
             yield self.held[i]
 
 
@@ -617,8 +641,8 @@ def test_rs4_an_iterable_cut_otherwise(tmp_path: Path) -> None:
 
 
 class Plain(Shards):
-    def __init__(self) -> None:
-        self.held = Samples(64)
+    def __init__(self, count: int = 64) -> None:
+        self.held = Samples(count)
 
 
 @pytest.mark.parametrize("size", [3, 16])
@@ -646,6 +670,64 @@ def test_rs4_another_loader_batch_beside_dynamic_batch_size(size: int, form: Any
         form(loop, loss_fn, loader(batch_size=size), epochs=3)
         assert_same_bits(bits(expected), bits(loop))
         assert (loop.state.step, loop.state.samples) == (expected.state.step, 150)
+
+
+@pytest.mark.parametrize("size", [4, 5, 7, 16])
+@pytest.mark.parametrize("kind", ["map-style", "iterable"])
+def test_rs4_another_loader_batch_where_all_of_the_epoch_was_used(kind: str, size: int, tmp_path: Path) -> None:
+    """Killed in the validation behind an epoch's last update: nothing is left, so no update of no samples may follow."""
+    data: Any = Samples(17) if kind == "map-style" else Plain(17)
+
+    class Dies(Callback):
+        def on_validation_end(self, state: State) -> None:
+            if state.epoch == 0:
+                raise Killed
+
+    def run(size: int, folder: Path | None, *own: Callback) -> Loop:
+        loop = make(folder, DynamicBatchSize(3, 3), *own)
+        built_in(loop, loss_fn, DataLoader(data, size), list(DataLoader(Samples(8), 8)), epochs=2)
+        return loop
+
+    expected = run(6, None)
+    with pytest.raises(Killed):
+        run(6, tmp_path, Dies())
+    loop = run(size, tmp_path)
+    assert_same_bits(bits(expected), bits(loop))
+    assert (loop.state.step, loop.state.skipped, loop.state.samples) == (12, 0, 34)
+
+
+def test_rs4_another_loader_batch_that_drops_other_samples(tmp_path: Path) -> None:
+    def cut(size: int) -> DataLoader[Any]:
+        return DataLoader(Samples(17), size, drop_last=True)
+
+    killed(tmp_path, 3, cut(4), DynamicBatchSize(4, 4))
+    with pytest.raises(ValueError, match=r"drop_last=True.* batches of 6 holds 12 samples here, and 16, of batches of 4, in"):
+        built_in(make(tmp_path, DynamicBatchSize(4, 4)), loss_fn, cut(6), epochs=2)
+    built_in(loop := make(tmp_path, DynamicBatchSize(4, 4)), loss_fn, cut(8), epochs=2)
+    assert loop.state.samples == 32
+
+
+def test_rs4_a_program_that_brings_each_epoch_a_loader_of_another_batch_size(tmp_path: Path) -> None:
+    def run(folder: Path | None, end: int | None = None) -> Loop:
+        loop, shown = make(folder), list[Any]()
+        with loop:
+            for epoch in loop.epochs(3):
+                for step in loop.steps(loader(batch_size=(10, 5, 25)[epoch])):
+                    for micro in step:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+                    shown.append(loop.state.loader.batch_size)
+                    if loop.state.step == end:
+                        return loop
+        assert end is not None or shown == ([10] * 5 + [5] * 10 + [25] * 2)[-len(shown) :]
+        return loop
+
+    expected = run(None)
+    assert expected.state.step == 17
+    for end in (2, 5, 9, 16):
+        run(tmp_path / str(end), end)
+        assert_same_bits(bits(run(tmp_path / str(end))), bits(expected))
 
 
 SIZES: dict[str, tuple[Callable[[], list[Callback]], Callable[[], list[Callback]], int, int]] = {

@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from hookloop.callbacks import GradientAccumulation, Seed, Warmup
-from hookloop.loop import Callback, Loop
+from hookloop.callbacks import Checkpoint, GradientAccumulation, Seed, Warmup
+from hookloop.loop import Callback, Loop, State
 from hookloop.loop.order import extent
 
 
@@ -284,6 +285,79 @@ def test_set_epoch_is_told_the_epoch() -> None:
     for epoch in range(3):
         distributed.set_epoch(epoch)
         assert seen[epoch] == list(distributed)
+
+
+class Staged(Samples):
+    """What it gives hangs on an attribute, which workers hold a copy of."""
+
+    stage = 0
+
+    def __getitem__(self, i: int) -> Any:
+        x, y, i = super().__getitem__(i)
+        return x + self.stage, y, i
+
+
+class ToldStage(Staged):
+    def set_epoch(self, epoch: int) -> None:
+        self.stage = epoch
+
+
+class ToldStream(IterableDataset[Any]):
+    """As Hugging Face's streaming data sets: an order by the epoch that it is told."""
+
+    def __init__(self) -> None:
+        self.held, self.epoch = Samples(20), -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.held[(i * 3 + self.epoch) % 20] for i in range(20)])
+
+
+class Stage(Callback):
+    def on_epoch_start(self, state: State) -> None:
+        state.loader.dataset.stage = state.epoch
+
+
+BY_EPOCH: dict[str, tuple[Callable[[], DataLoader], list[type[Callback]]]] = {
+    "a hook's": (lambda: DataLoader(Staged(20), 4, shuffle=True), [Stage]),
+    "a hook's, workers": (lambda: DataLoader(Staged(20), 4, shuffle=True, num_workers=1), [Stage]),
+    "set_epoch, workers that persist": (
+        lambda: DataLoader(ToldStage(20), 4, shuffle=True, num_workers=1, persistent_workers=True), []),
+    "a stream": (lambda: DataLoader(ToldStream(), 4), []),
+    "a stream, workers that persist": (lambda: DataLoader(ToldStream(), 4, num_workers=1, persistent_workers=True), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", BY_EPOCH)
+def test_what_an_epoch_changes_in_the_data_is_read_in_that_epoch(kind: str, form: Any, tmp_path: Path) -> None:
+    (make_loader, own), held = BY_EPOCH[kind], Samples(20)
+    read: list[list[tuple[float, int]]] = []
+
+    def seen(model: Any, batch: Any) -> Any:
+        if model.training:
+            read.append([(float(x[0] - held.x[i][0]), int(i)) for x, i in zip(batch[0], batch[2], strict=True)])
+        return loss_fn(model, batch)
+
+    def run(folder: Path | None, **end: int) -> Loop:
+        loop = make(Seed(5), *[kind() for kind in own], *([Checkpoint(folder, every=1)] if folder else []), resume=folder)
+        form(loop, seen, make_loader(), **end)
+        return loop
+
+    whole = run(None, epochs=3)
+    assert len(read) == 15
+    for epoch in range(3):
+        stages, order = zip(*[one for batch in read[5 * epoch : 5 * epoch + 5] for one in batch], strict=True)
+        assert sorted(order) == list(range(20))
+        if "stream" in kind:
+            assert list(order) == [(i * 3 + epoch) % 20 for i in range(20)]
+        else:
+            assert all(abs(stage - epoch) < 1e-5 for stage in stages), epoch
+    for kill in (4, 8, 10, 12):
+        run(tmp_path / str(kill), steps=kill)
+        assert_same_bits(bits(run(tmp_path / str(kill), epochs=3)), bits(whole))
 
 
 def test_a_batch_sampler_of_tuples_is_known_too() -> None:
@@ -686,7 +760,7 @@ class Endless:
 
 
 LENGTHLESS = {
-    "stream": lambda: DataLoader(Stream(), 4),
+    "stream": lambda: DataLoader(ToldStream(), 4),
     "stream in workers": lambda: DataLoader(Stream(), 4, num_workers=2),
     "stream of batches": lambda: DataLoader(Endless(), batch_size=None),
     "iterable": Endless,
@@ -942,7 +1016,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "subclass": lambda: Generated(Samples(21), 4, shuffle=True),
     "subclass, persistent": lambda: Generated(Samples(21), 4, shuffle=True, num_workers=1, persistent_workers=True),
     "batches": lambda: DataLoader(Batches(21 * 2, 2), batch_size=None, shuffle=True),
-    "stream": lambda: DataLoader(Stream(), 4),
+    "stream": lambda: DataLoader(ToldStream(), 4),
     "list": by_fours,
 }
 
@@ -1067,7 +1141,7 @@ def test_extent() -> None:
     assert extent(DataLoader(Samples(21), batch_sampler=Shuffled(21, 4))) == (6, 21)
     assert extent(by_fours()) == (6, 21)
     assert extent(Endless()) == (None, None)
-    assert extent(DataLoader(Stream(), 4)) == (None, None)
+    assert extent(DataLoader(ToldStream(), 4)) == (None, None)
     assert extent(batch for batch in by_fours()) == (None, None)
     assert extent(DataLoader(Batches(), batch_size=None))[0] == 10
 
