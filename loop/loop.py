@@ -62,7 +62,7 @@ class Loop(Updates):
 
         with self:
             epochs_left = self.epochs(epochs, steps=steps)
-            self._begin(train_loader)
+            self.begin(train_loader)
             self.feed.constant = True
             validate_if_due()  # a checkpoint falls between an update and its validation
             for _ in epochs_left:
@@ -76,6 +76,14 @@ class Loop(Updates):
                     self.validate(loss_fn, val_loader)
         return self.state
 
+    def begin(self, loader: Iterable[Any]) -> None:
+        """Do what the first `loop.steps(loader)` does before it reads; by hand, to make up for a validation that was cut off."""
+        if self._end == (None, None):
+            raise RuntimeError(
+                "loop.begin must run inside `with loop:`, after loop.epochs was called, which says the run's end"
+            )
+        self._begin(loader)
+
     def epochs(self, count: int | None = None, *, steps: int | None = None) -> Iterator[int]:
         """Yield epoch numbers until `count` passes or `steps` updates are done, both counted from the run's first."""
         check_end(count, steps)
@@ -85,7 +93,9 @@ class Loop(Updates):
         return self._epochs()
 
     def _epochs(self) -> Iterator[int]:
-        while self._goes_on("ends an epoch") and (self._end[0] is None or self.state.epoch < self._end[0]):
+        while (self._goes_on("ends an epoch") or self._may_validate) and (
+            self._end[0] is None or self.state.epoch < self._end[0]
+        ):
             self._phase = ""
             yield self.state.epoch
             self._check_closed()
@@ -96,7 +106,14 @@ class Loop(Updates):
                 self._run("on_epoch_end")
                 self._flush()
             elif not self.stopped:
-                raise RuntimeError("an epoch went by without a step: iterate loop.steps(loader) in each")
+                raise RuntimeError("an epoch went by without a step: iterate loop.steps(loader) in each (of two Loops in one zip, "
+                                   "with strict=True: else the second is not asked where the first has no step left)")  # fmt: skip
+
+    @property
+    def _may_validate(self) -> bool:
+        """Whether a run that its `steps=` end is entered inside an epoch, whose validation may have been cut off."""
+        state = self.state
+        return not (self._phase or state.leaving or state.stop_reason) and self.feed.epoch == state.epoch
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """Yield the steps of one epoch, each with one update's data, to end with `loop.update()`; a break ends the epoch."""

@@ -21,6 +21,7 @@ import torch
 from helpers import FORMS, KillAt, Killed, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LambdaLR,
@@ -908,6 +909,118 @@ def test_rs9_a_run_finished_by_steps(form: Any, tmp_path: Path) -> None:
     longer = make(tmp_path, every=None)
     form(longer, loss_fn, loader(), steps=12)
     assert_same_bits(bits(expected), bits(longer))
+
+
+def dies_in_validation(step: int) -> Any:
+    def loss(model: Any, batch: Any) -> Any:
+        if not model.training and loss.loop.state.step == step:  # type: ignore[attr-defined]
+            raise Killed
+        return loss_fn(model, batch)
+
+    return loss
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("end", [{"steps": 14}, {"epochs": 2, "steps": 14}, {"epochs": 2}])
+def test_rs9_the_validation_behind_the_last_update_is_made_up_for(
+    end: dict[str, int], again: bool, form: Any, tmp_path: Path
+) -> None:
+    """Killed inside it, and resumed or entered again: the epoch is counted, its metrics decide, and then it is over."""
+
+    def build(folder: Path | None) -> Loop:
+        return make(folder, EarlyStopping("val_loss", patience=9, restore_best=True), Marks())
+
+    class Marks(Callback):
+        def on_epoch_end(self, state: State) -> None:
+            ends.append((state.epoch, state.step))
+
+    ends: list[Any] = []
+    form(expected := build(None), loss_fn, loader(), loader(20), **end)
+    assert ends == [(1, 7), (2, 14)]
+    loss = dies_in_validation(14)
+    loss.loop = loop = build(tmp_path)
+    with pytest.raises(Killed):
+        form(loop, loss, loader(), loader(20), **end)
+    for _ in range(2):
+        loop = loop if again else build(tmp_path)
+        form(loop, loss_fn, loader(), loader(20), **end)
+        assert (loop.state.step, loop.state.epoch, loop.state.reported_at) == (14, 2, 14)
+        assert loop.state.metrics["val_loss"] == expected.state.metrics["val_loss"]
+        assert_same_bits(bits(expected), bits(loop))
+    assert ends == [(1, 7), (2, 14), (1, 7), (2, 14)]
+
+
+@pytest.mark.parametrize("kill", [1, 4, 5])
+def test_rs9_two_loops_in_one_body_of_which_the_last_is_given_both_models(kill: int, tmp_path: Path) -> None:
+    """A GAN as the README has it, killed behind both updates; the generator's backward changes spectral norm's buffers."""
+    noise, data = torch.randn(16, 2, 8, 2), list(torch.randn(4, 8, 4))
+
+    def run(folder: Path | None, kill: int | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        gan = nn.ModuleDict({"g": nn.Linear(2, 4), "d": spectral_norm(nn.Linear(4, 1))})
+        loops = []
+        for key, model in (("d", gan["d"]), ("g", gan)):
+            own = {} if folder is None else {"callbacks": [Checkpoint(folder / key, every=1)], "resume": folder / key}
+            loops.append(Loop(model, torch.optim.AdamW(gan[key].parameters(), lr=0.1), **own))
+        d, g = loops
+        with contextlib.suppress(Killed), d, g:
+            for _ in zip(d.epochs(2), g.epochs(2), strict=True):
+                for of_d, of_g in zip(d.steps(data), g.steps(data), strict=True):
+                    z = noise[d.state.step]
+                    for micro in of_d:
+                        with micro:
+                            micro.backward((gan["d"](gan["g"](z[0]).detach()) - gan["d"](micro.batch)).mean())
+                    d.update()
+                    for micro in of_g:
+                        with micro:
+                            micro.backward(-gan["d"](gan["g"](z[1])).mean())
+                    g.update()
+                    if g.state.step == kill:
+                        raise Killed
+        return gan.state_dict()
+
+    run(tmp_path, kill)
+    assert_same_bits(run(tmp_path), run(None))
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 8])
+def test_rs9_a_validation_inside_an_epoch_is_made_up_for_by_hand(step: int, tmp_path: Path) -> None:
+    """As the README shows it, and `fit(validate_every=)` does it: a batch size that hangs on the metric is the same."""
+
+    def build(folder: Path | None, loss: Any = loss_fn, every: bool = False) -> tuple[Loop, Log]:
+        loop = make(folder, DynamicBatchSize(8, 24, every=Goal("val_loss", patience=0, min_delta=9.0)), log := Log(), every=1)
+        if every:
+            loop.fit(loss, loader(), loader(20), epochs=2, validate_every=2)
+            return loop, log
+
+        def validate_if_due() -> None:
+            if loop.state.step % 2 == 0 and loop.state.step != max(loop.state.reported_at, 0):
+                loop.validate(loss, val_loader)
+
+        train_loader, val_loader = loader(), loader(20)
+        if loss is not loss_fn:
+            loss.loop = loop
+        with loop:
+            for _ in loop.epochs(2):
+                loop.begin(train_loader)
+                validate_if_due()
+                for one in loop.steps(train_loader):
+                    for micro in one:
+                        with micro:
+                            micro.backward(loss)
+                    loop.update()
+                    validate_if_due()
+        return loop, log
+
+    (expected, whole), (same, _) = build(None), build(None, every=True)
+    assert_same_bits(bits(expected), bits(same))
+    assert expected.state.step == 9
+    with pytest.raises(Killed):
+        build(tmp_path, dies_in_validation(step))
+    loop, log = build(tmp_path)
+    assert_same_bits(bits(expected), bits(loop))
+    assert log.samples == {s: rows for s, rows in whole.samples.items() if s >= step}
 
 
 @pytest.mark.parametrize("form", FORMS)
