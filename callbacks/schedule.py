@@ -79,12 +79,11 @@ class Schedule(Callback):
                 return
             except ValueError as error:
                 refuse(f"Schedule does not take its state: {error}", state.strict)
-        self._build(state, state.step, self._first if self._saved else {})
+        self._build(state, state.step, self._first | state.layer_rates if self._saved else {})
 
     def _build(self, state: State, since: int, first: dict[Tensor, Any]) -> None:
-        schedulers.put_rates(state.optimizer, first)  # for it starts at the rates there are
         self._since, self._length = since, schedulers.length(state, since)
-        built = schedulers.told(self._length, self._function, state.optimizer, self._length)
+        built = schedulers.build(self._function, state, since, first)
         self.scheduler = schedulers.check_kind(built, self.on, state.optimizer)
         self._settings = schedulers.settings(self.scheduler)
 

@@ -44,10 +44,28 @@ def put_all(optimizer: Optimizer, found: list[dict[str, Any]]) -> None:
         put(group, one)
 
 
-def put_rates(optimizer: Optimizer, found: dict[Tensor, Any]) -> None:
-    """Give each group the rate of its first parameter, where that is known."""
-    for group in optimizer.param_groups:
-        put(group, {"lr": found.get(group["params"][0], group["lr"])})
+def build(function: Callable[..., Any], state: State, since: int, first: dict[Tensor, Any]) -> Any:
+    """Return what the function builds, which begins at each group's rate: `first` gives that of its parameters, where known."""
+    groups, total = state.optimizer.param_groups, length(state, since)
+    for group in groups:
+        put(group, {"lr": first.get(group["params"][0], group["lr"])})
+    # what LayerwiseRate wrote, or a checkpoint brought: CyclicLR gives `lr` where it begins, and torch keeps an initial_lr there is
+    ours = bool(first or state.layer_rates)
+    firsts = [group.pop("initial_lr", None) if ours else None for group in groups]
+    try:
+        return told(total, function, state.optimizer, total)
+    except KeyError:  # one that goes on, by last_epoch=, asks for it
+        put_last(groups, firsts)
+        return told(total, function, state.optimizer, total)
+    finally:
+        put_last(groups, firsts)
+
+
+def put_last(groups: list[Group], firsts: list[Any]) -> None:
+    """Give each group the initial_lr that it lacks, behind all else: a resumed run's checkpoints have the same order."""
+    for group, first in zip(groups, firsts, strict=True):
+        if (now := group.pop("initial_lr", first)) is not None:
+            group["initial_lr"] = now
 
 
 def settings(scheduler: Any) -> dict[str, Any]:

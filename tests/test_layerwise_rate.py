@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net
+from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, by_hand, loader, loss_fn, net, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from hookloop.callbacks import Checkpoint, LayerwiseRate, Schedule, Seed, TensorBoard, Warmup, WeightDecay
 from hookloop.callbacks.layerwise_rate import rate_factors
-from hookloop.loop import Loop, State
+from hookloop.loop import Callback, Loop, State
 
 OPTIM = torch.optim.lr_scheduler
 
@@ -139,6 +140,60 @@ def test_every_scheduler_of_torch_keeps_the_ratios(name: str, first: bool) -> No
     assert len({row[-1] for row in seen}) > 1
     for row in seen:
         assert row == [pytest.approx(row[-1] * f, rel=1e-12) for f in (0.25, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("first", [True, False])
+def test_every_scheduler_of_torch_gives_the_rates_of_groups_made_by_hand(tmp_path: Any, name: str, first: bool) -> None:
+    data, model = list(loader(56, 8, shuffle=False)), deep()
+    layers = [[*model[0].parameters(), *model[1].parameters()], [*model[3].parameters()], [*model[5].parameters()]]
+    given = torch.optim.AdamW([{"params": p, "lr": 0.125 * f} for p, f in zip(layers, (0.25, 0.5, 1.0), strict=True)])
+    scheduler, plain = BUILDS[name](given, 7), list[list[float]]()
+    for _ in data:
+        plain.append([group["lr"] for group in given.param_groups])
+        given.step()
+        scheduler.step()
+
+    def run(folder: Any, kill: int | None = None) -> tuple[list[list[float]], Any]:
+        seen, mine = list[list[float]](), deep()
+
+        class Watch(Callback):
+            def on_step_end(self, state: State) -> None:
+                seen.append(state.rates)
+
+        parts = [LayerwiseRate(0.5), Schedule(BUILDS[name])]
+        more = [Watch(), Checkpoint(folder, every=1), KillAt(kill)]
+        loop = Loop(mine, adamw(mine, 0.125), [*(parts if first else parts[::-1]), *more], resume=folder)
+        with contextlib.suppress(Killed):
+            loop.fit(loss_fn, data, epochs=1)
+        return seen, torch.load(next(folder.glob("step-00000007/state.pt")))["optimizer"] if kill is None else None
+
+    whole, saved = run(tmp_path / "whole")
+    assert whole == plain
+    before, _ = run(tmp_path / "killed", 4)
+    after, again = run(tmp_path / "killed")
+    assert [*before[:3], *after] == plain
+    same(again, saved)
+
+
+@pytest.mark.filterwarnings("ignore:.*not taken, as strict=False allows", "ignore:Schedule does not take its state")
+@pytest.mark.parametrize("first", [True, False])
+def test_another_scheduler_that_begins_anew_begins_at_the_layers_rates(tmp_path: Any, first: bool) -> None:
+    def run(rate: float, build: Any, steps: int) -> Any:
+        model, parts = deep(), [LayerwiseRate(0.5), Schedule(build)]
+        parts = [*(parts if first else parts[::-1]), Checkpoint(tmp_path)]
+        loop = Loop(model, adamw(model, rate), parts, resume=tmp_path, strict=False)
+        return loop.fit(loss_fn, loader(16, 8, shuffle=False), steps=steps).rates
+
+    assert run(0.125, BUILDS["exponential"], 4) == [pytest.approx(0.125 * f * 0.8**3) for f in (0.25, 0.5, 1)]
+    assert run(0.25, BUILDS["step"], 7) == [pytest.approx(0.25 * f * 0.5) for f in (0.25, 0.5, 1)]
+
+
+def test_a_scheduler_that_goes_on_by_last_epoch_finds_what_it_asks_for() -> None:
+    model = deep()
+    schedule = Schedule(lambda o, n: OPTIM.LambdaLR(o, lambda t: 0.5**t, last_epoch=1))
+    state = Loop(model, adamw(model, 0.125), [LayerwiseRate(0.5), schedule]).fit(loss_fn, loader(8, 8), epochs=1)
+    assert state.rates == [0.125 * f * 0.25 for f in (0.25, 0.5, 1.0)]
 
 
 @pytest.mark.parametrize("build", [lambda o, n: OPTIM.OneCycleLR(o, 0.1, n), lambda o, n: OPTIM.CyclicLR(
