@@ -187,7 +187,7 @@ class Loop(Updates):
 
         Several ranks must come here equally often: one whose data end earlier is waited for, until the group's timeout.
         A scheduler of yours steps after it: inside, rates hold this update's factors, and changing them is a RuntimeError.
-        A resumed run has all but its place in the data, which is yours to find: `state.step` and `state.samples` tell.
+        A resumed run has all but the place of such a scheduler and that in the data, which `state.step` and `state.samples` tell.
         With `scaler=` gradients are unscaled first. A skipped update takes the gradients away (`p.grad = None`), so
         that the optimizer's step does nothing.
         """

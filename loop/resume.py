@@ -172,6 +172,11 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     loop.validated_at = saved.get("validated", state.reported_at)
     loop._saved_at, loop.promised, state.spent = state.step, promised(saved), found.about.get("seconds", 0.0)
     rng.restore(alone["rng"], state.device)
+    ours = any("optimizer's rates" in callback.owns for callback in loop.callbacks)
+    if state.step and not ours and getattr(state.optimizer.step, "_wrapped_by_lr_sched", False):
+        log.warning("resumed after %d updates beside a scheduler of your own, whose place the checkpoint does not hold, so that it "
+                    "begins anew: give callbacks Schedule(scheduler), which steps it too, or put it and the rates where they "
+                    "were, by its load_state_dict() and get_last_lr()", state.step)  # fmt: skip
 
 
 def common(ranks: Ranks, path: str | os.PathLike[str], strict: bool) -> store.Found | None:

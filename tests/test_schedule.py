@@ -604,3 +604,45 @@ def test_a_group_added_behind_the_scheduler_is_named(kind: Any) -> None:
     with pytest.raises(ValueError, match=r"LR was built on 1 parameter groups and the optimizer has 2 now.*in on_setup"):
         loop.fit(loss_fn, loader(16, 8), epochs=3)
     assert loop.state.step == 3
+
+
+@pytest.mark.parametrize("form", ["by hand", "around"])
+@pytest.mark.parametrize("kept", ["not", "by itself", "by Schedule"])
+def test_a_scheduler_that_the_program_steps_is_warned_of_when_resumed(form: str, kept: str, tmp_path: Any, caplog: Any) -> None:
+    data, its_own = list(loader(64, 8, shuffle=False)), dict[str, Any]()
+
+    def run(until: int, folder: Any = None) -> list[float]:
+        model, rates = net(), list[float]()
+        optimizer = adamw(model, 0.125)
+        scheduler = lrs.CosineAnnealingLR(optimizer, 8)
+        callbacks = [Schedule(scheduler)] if kept == "by Schedule" else []
+        more = [Checkpoint(folder, every=1)] if folder is not None else []
+        loop = Loop(model, optimizer, [*callbacks, *more], resume=folder)
+        with loop:
+            if loop.state.step and kept == "by itself":
+                scheduler.load_state_dict(its_own)
+                optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+            if form == "around":
+                for batch in data[loop.state.step : until]:
+                    loss_fn(model, batch)["loss"].backward()
+                    rates.append(optimizer.param_groups[0]["lr"])
+                    with loop.updating():
+                        optimizer.step()
+                    _ = callbacks or scheduler.step()
+            for _ in loop.epochs(steps=until) if form == "by hand" else ():
+                for step in loop.steps(data):
+                    for micro in step:
+                        with micro:
+                            micro.backward(loss_fn)
+                    rates.append(optimizer.param_groups[0]["lr"])
+                    loop.update()
+                    _ = callbacks or scheduler.step()
+        its_own.update(scheduler.state_dict())
+        return rates
+
+    whole = run(8)
+    assert run(4, tmp_path) == whole[:4]
+    assert "of your own" not in caplog.text
+    assert (run(8, tmp_path) == whole[4:]) == (kept != "not")
+    said = [line for line in caplog.messages if "resumed after 4 updates beside a scheduler of your own" in line]
+    assert len(said) == (kept != "by Schedule")
