@@ -19,9 +19,10 @@ class Seed(Callback):
 
     In training, every micro-batch's forward, the order of each epoch and each loader batch's augmentation (in any number
     of workers) draw from streams of their own, derived from `seed` and the position; validation, logging or another
-    callback that draws can't move them. Ranks draw distinct noise and share one order of data. A generator that you gave
-    the loader or its sampler is seeded anew for each epoch. Around a loop of your own it seeds when constructed and keeps
-    validation apart; what your loop draws is yours.
+    callback that draws can't move them. Ranks draw distinct noise and share one order of data. Two Loops in one body (a
+    GAN) draw the same noise in each step unless each has a number of its own. A generator that you gave the loader or its
+    sampler is seeded anew for each epoch. Around a loop of your own it seeds when constructed and keeps validation apart;
+    what your loop draws is yours.
 
     `deterministic=True` turns on `torch.use_deterministic_algorithms` and cuDNN's deterministic mode: some operations
     get slower (10% to several times on a GPU), and those that have no deterministic form raise an error.

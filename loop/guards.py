@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .dispatch import Dispatch
     from .session import Session
     from .state import State
+
+log = logging.getLogger("hookloop")
 
 DEVICES = re.compile(r"(same|different|expected|MPS) device|two devices|[Oo]n device|device type|[Mm]eta\b.*backend")
 TYPES = re.compile(r"weight type .* should be the same")  # what a convolution says for devices as for dtypes
@@ -95,6 +98,18 @@ def check_trained(loop: Session) -> None:
                   f"{shown}; "
                   'give them to it (optimizer.add_param_group({"params": [...]}), or build it after the model is complete), or '
                   "freeze them (requires_grad_(False))", stacklevel=2)  # fmt: skip
+
+
+def check_noise(loop: Session) -> None:
+    """Warn, once, of another Loop in the same body that draws the same noise, step by step."""
+    alike = [other for other in tuple(loop.alive) if other is not loop and other._entered and other.streams is not None
+             and other.state.loader is not None and other.state.seed == loop.state.seed]  # fmt: skip
+    if alike and loop.state.loader is not None and "noise" not in loop.warned:
+        for one in (loop, *alike):
+            one.warned.add("noise")
+        log.warning("two Loops that are entered at once train with Seed(%d), so that both draw the same random numbers in each "
+                    "step (the noise of a GAN's two updates): give each a number of its own, as Seed(0) and Seed(1)",
+                    loop.state.seed)  # fmt: skip
 
 
 def name_devices(error: BaseException, model: nn.Module, batch: Any) -> None:

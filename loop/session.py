@@ -28,7 +28,7 @@ from .dispatch import check, note, table
 from .exchange import follow
 from .feed import Feed
 from .forward import Forward
-from .guards import back_to_train, check_trained, modes_of, to_train
+from .guards import back_to_train, check_noise, check_trained, modes_of, to_train
 from .mean import Mean
 from .plan import count_steps, update_samples
 from .ranks import Ranks
@@ -181,6 +181,7 @@ class Session(Saves, Forward):
             self.seed = own.initial_seed() if isinstance(own, torch.Generator) else drawn
             self.seed = state.ranks.exchange("begins training", self.seed)[0]
         if state.seed is not None:
+            check_noise(self)
             self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
         if loader is not None and self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
             self.snapshot = Snapshot(state, self.streams is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -462,3 +463,29 @@ def test_around_a_loop_that_exists_nothing_is_drawn(observes: bool, tmp_path: Pa
                     optimizer.step()
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_two_loops_of_one_seed_in_one_body_are_warned_of_once(other: int, caplog: pytest.LogCaptureFixture) -> None:
+    data, drawn = list(loader(24, shuffle=False)), []
+    loops = [Loop(model := net(), adamw(model), [Seed(number)]) for number in (0, other)]
+    for epochs in (1, 2):
+        with loops[0], loops[1]:
+            for _ in zip(loops[0].epochs(epochs), loops[1].epochs(epochs), strict=True):
+                for pair in zip(loops[0].steps(data), loops[1].steps(data), strict=True):
+                    for loop, step in zip(loops, pair, strict=True):
+                        for micro in step:
+                            with micro:
+                                drawn.append(float(torch.rand(())))
+                                micro.backward(loss_fn)
+                        loop.update()
+    assert [a == b for a, b in itertools.pairwise(drawn)][::2] == [other == 0] * 6
+    said = [line for line in caplog.messages if "train with Seed(0)" in line and "Seed(0) and Seed(1)" in line]
+    assert len(said) == (other == 0)
+
+
+def test_two_loops_of_one_seed_one_after_the_other_are_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        loop = Loop(model := net(), adamw(model), [Seed(0)])
+        loop.fit(loss_fn, loader(24), epochs=1)
+    assert not caplog.messages
