@@ -19,8 +19,9 @@ class Unfreeze(Callback):
     list of them: `{0: "head", 2: "layer4", 4: "."}`. Until then it has no gradient, no decay and no optimizer state, and
     norms whose parameters are all frozen (one without any goes by its own name) are in eval mode at each step's start, so
     that their running statistics stay too: leave `model.train()` out of a step. Groups keep all parameters throughout; what is
-    still frozen when a run ends stays so. DDP needs `find_unused_parameters=True`. Raises ValueError for bad plans, for rules
-    that match or decide nothing, and for a plan that leaves nothing to train at first.
+    still frozen when a run ends stays so. DDP needs `find_unused_parameters=True`, SGD with momentum no `fused=True`.
+    Raises ValueError for bad plans, for rules that match or decide nothing, and for a plan that leaves nothing to train at
+    first.
     (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146: gradual unfreezing)
     """
 
@@ -60,6 +61,15 @@ class Unfreeze(Callback):
         if not any(p.requires_grad for p in held):
             raise ValueError(f"plan leaves nothing to train before epoch {min(self.plan)}; give epoch 0 rules of its own, such as "
                              "{0: 'head'}")  # fmt: skip
+
+    def on_fit_start(self, state: State) -> None:
+        """Refuse a fused momentum that would begin at different times; by now groups are as they stay."""
+        for i, group in enumerate(state.optimizer.param_groups):
+            joins = {max(self._from.get(p, 0), state.epoch) for p in group["params"] if p in self._from or p.requires_grad}
+            if len(joins) > 1 and group.get("fused") and group.get("momentum"):
+                raise ValueError(f"parameter group {i} of {type(state.optimizer).__name__} holds parameters that join at epochs "
+                                 f"{', '.join(map(str, sorted(joins)))}, and torch's fused form with momentum takes none after the "
+                                 "others: build it with fused=False")  # fmt: skip
 
     def on_epoch_start(self, state: State) -> None:
         """Have this epoch's parameters train; what is frozen keeps its statistics."""

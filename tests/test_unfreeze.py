@@ -11,7 +11,7 @@ import torch
 from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torch import nn
 
-from hookloop.callbacks import Checkpoint, NonFinite, Seed, Unfreeze, Warmup, WeightDecay
+from hookloop.callbacks import Checkpoint, LayerwiseRate, NonFinite, Seed, Unfreeze, Warmup, WeightDecay
 from hookloop.loop import Callback, Loop, State
 
 PLAN: Any = {0: r"^4\.", 1: [nn.BatchNorm1d], 3: "."}
@@ -152,3 +152,21 @@ def test_a_lazy_layer_may_train_at_once_and_is_named_where_it_is_to_wait() -> No
     model, optimizer = lazy()
     with pytest.raises(ValueError, match=r"\['2.weight', '2.bias'\] have no shape yet; run one batch"):
         Loop(model, optimizer, [Unfreeze({0: "0", 1: "2"})]).fit(loss_fn, loader(16, 8), epochs=2)
+
+
+def test_a_fused_momentum_that_would_begin_later_is_refused() -> None:
+    def go(plan: Any, groups: Any = None, epochs: int = 2, more: Any = (), **options: Any) -> int:
+        model = net(seed=5)
+        optimizer = torch.optim.SGD(groups(model) if groups else model.parameters(), lr=0.1, **options)
+        return Loop(model, optimizer, [Unfreeze(plan), *more]).fit(loss_fn, loader(16, 8), epochs=epochs).step
+
+    momentum: Any = {"momentum": 0.9, "fused": True}
+    with pytest.raises(ValueError, match=r"parameter group 0 of SGD holds .* at epochs 0, 1, .*build it with fused=False"):
+        go({0: "^4", 1: "."}, **momentum)
+    for options in ({"momentum": 0.9}, {"fused": True}):
+        assert go({0: "^4", 1: "."}, **options) == 4
+    # what joins at once may: a group for each epoch, also where another callback makes it, and what the program froze for good
+    three: Any = lambda m: [{"params": m[i].parameters()} for i in (0, 1, 4)]
+    assert go({0: "^4", 1: "^[01]"}, three, **momentum) == 4
+    assert go({0: "^4", 1: "^1", 2: "^0"}, epochs=3, more=[LayerwiseRate(0.5, rules={"^0": 0.1, "^1": 0.2})], **momentum) == 6
+    assert go({0: "^[14]"}, lambda m: [*m[0].requires_grad_(False).parameters(), *m[1:].parameters()], **momentum) == 4
