@@ -45,6 +45,7 @@ class Average(Callback):
     def on_setup(self, state: State) -> None:
         """Go back with the weights, where they go back: it is not to hold any that were given up."""
         check_whole(state.model)
+        state.at_enter.append(lambda: self._go_on(state))  # an evaluation may come before on_fit_start
 
         def put(saved: dict[str, Any]) -> None:
             self.count = saved["count"]
@@ -56,12 +57,15 @@ class Average(Callback):
         state.along[self.key] = self.state_dict, put
 
     def on_fit_start(self, state: State) -> None:
-        """Turn a share into updates, and go on with the average that was saved."""
+        """Turn a share into updates."""
         if self._from is None:
             if state.total_steps is None:
                 raise ValueError(f"start={self.start} is a share of the run, whose length is not known: give a whole number "
                                  "of updates, or steps= to fit or epochs, where one of them runs it")  # fmt: skip
             self._from = int(self.start * state.total_steps)
+        self._go_on(state)
+
+    def _go_on(self, state: State) -> None:
         saved, self._saved = self._saved, None
         if saved is not None and (amiss := Named(state.model, state.optimizer).model_misfits(saved)):  # with strict=False
             warnings.warn(f"Average begins anew, since what it saved does not fit: {'; '.join(amiss.values())}", stacklevel=2)

@@ -287,6 +287,25 @@ def test_a_wrapped_model_resumes_its_average_also_without_the_wrapper(tmp_path: 
         assert_same_bits(dict(expected.model.state_dict()), dict(average.model.state_dict()))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("epochs", [4, 5])
+def test_resumed_it_is_what_is_evaluated_before_the_first_step_too(epochs: int, form: Any, tmp_path: Path) -> None:
+    val, found = loader(16, 8, shuffle=False), []
+
+    class Restored(Loop):
+        def epochs(self, *args: Any, **kwargs: Any) -> Any:
+            found.append(self.evaluate(loss_fn, val)["val_loss"])
+            return super().epochs(*args, **kwargs)
+
+    first = run(form, Average("swa", start=5), Checkpoint(tmp_path))
+    again, model = Average("swa", start=5), net(seed=5)
+    loop = Restored(model, adamw(model), [Seed(3), again, Checkpoint(tmp_path)], resume=tmp_path)
+    form(loop, loss_fn, loader(40, 8), val, epochs=epochs)
+    assert found == [first.state.metrics["val_loss"]]
+    assert again.model is loop.state.eval_model
+    assert again.count == 15 + 5 * (epochs - 4)
+
+
 def test_an_average_of_another_kind_is_refused_and_one_saved_before_it_was_told_is_taken(tmp_path: Path) -> None:
     run(built_in, Average(), Checkpoint(tmp_path), epochs=1)
     average = Average("swa")
