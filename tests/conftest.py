@@ -11,7 +11,9 @@ from collections import defaultdict
 import pytest
 
 LARGE, MOST = 3, 8  # cases
-COSTLY = re.compile(r"test_(ranks|sharded)|killed|resumed|test_(rs|sg|ck|tb|oo)\d")  # processes of their own, or many runs
+COSTLY = re.compile(
+    r"test_(ranks|sharded|search)|killed|resumed|test_(rs|sg|ck|tb|oo)\d"
+)  # processes of their own, or many runs
 LARGE_AND_COSTLY, MOST_AND_COSTLY = 1, 2
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
 # Lines that others run too, again and again, as a table's later cases do: on Python 3.11 to trace them doubles their time.

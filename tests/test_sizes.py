@@ -144,7 +144,7 @@ LINEAR: dict[str, Any] = {
 }  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(fits=st.floats(2.3, 300), batch=st.sampled_from([3, 7, 48, 96, 100, 150]), **LINEAR)
 def test_linear_memory_is_filled_without_an_error(**drawn: Any) -> None:
     check_linear(**drawn)
@@ -279,7 +279,7 @@ def test_throughput_stops_where_a_doubling_gains_too_little(late: int) -> None:
     """Samples/s n/(n + 20): 256 to 512 gains 3.8%, to 1024 1.9%. A clock that is read late only delays."""
     memory = Fake(linear(0, 1), 1e6)
     memory.behind = late
-    seen = train(memory, 4096, 13, target="throughput")
+    seen = train(memory, 2048, 13, target="throughput")
     assert seen.tried == [2, 16, 32, 64, 128, 256, 512, 1024]
     assert seen.settled[9 + late]
     assert memory.errors == 0

@@ -73,7 +73,7 @@ def test_what_no_rule_matches_trains_all_along() -> None:
 
 def test_in_any_order_of_the_callbacks() -> None:
     found = []
-    for order in itertools.permutations(range(4)):
+    for order in [*itertools.permutations(range(4))][::5]:  # each callback is first in one, and last in one
         own: list[Callback] = [Unfreeze(PLAN), WeightDecay(), Warmup(8), NonFinite("skip")]
         found.append(bits(run(built_in, *(own[i] for i in order))))
         assert_same_bits(found[0], found[-1])
