@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter as lazy
 
+from .store import inner
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -89,6 +91,11 @@ def set_groups(state: State, changes: Mapping[str, Mapping[Tensor, Any]]) -> Non
     if moved and not state.layer_rates and any("initial_lr" in group for group in groups):
         raise ValueError("a scheduler was built on these groups; build it as Schedule(lambda optimizer, total_steps: ...). (Or an "
                          "earlier Loop's LayerwiseRate set their rates: then build the optimizer anew.)")  # fmt: skip
+    for path, one in inner(state.optimizer).items():
+        if one.param_groups is not groups and any(group is mine for group in groups for mine in one.param_groups):
+            kind = f"{type(state.optimizer).__name__} keeps a {type(one).__name__} in {path}"
+            raise ValueError(f"{kind}, whose list of parameter groups is another than its own and would hold on to those that are "
+                             f"split now; have both hold one list, or give the groups these settings yourself")  # fmt: skip
     groups[:] = new
     state.layer_rates |= {p: r.clone() if isinstance(r, Tensor) else r for p, r in changes.get("lr", {}).items()}
 

@@ -15,7 +15,7 @@ from .finite import numbers_of
 from .groups import put
 from .redo import overlapping, shaped, tensors
 from .state import State
-from .store import Copies, Named
+from .store import Copies, Named, inner
 
 log = logging.getLogger("hookloop")
 Slot = tuple[dict[str, Tensor | None], str]  # a module's buffers, and the name of one
@@ -66,6 +66,8 @@ def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     judged = {named.clean(name) for name, _ in state.model.named_buffers() if name in buffers}
     parts = {**found["weights"], **{name: x for name, x in found["buffers"].items() if name in judged},
              **{f"the optimizer's state of {name}": x for name, x in optimizer["state"].items()}}  # fmt: skip
+    for path, one in optimizer["inner"].items():
+        parts |= {f"the optimizer's {path}'s state of {name}": x for name, x in one["state"].items()}
     bad = [name for name, part in parts.items() for x in map(numbers_of, tensors(part))
            if x is not None and not x.is_meta and not x.isfinite().all()]  # fmt: skip
     if bad:
@@ -92,7 +94,8 @@ def put_back(state: State, kept: dict[str, Any]) -> None:
     named, groups = Named(state.model, state.optimizer), [*state.optimizer.param_groups]
     now = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"} for group in groups]
     named.load_model(kept["weights"])
-    state.optimizer.state.clear()  # what has come since the copy, too
+    for one in (state.optimizer, *inner(state.optimizer).values()):
+        one.state.clear()  # what has come since the copy, too
     # Torch takes what it is given as it is, and would go on in what is kept.
     named.load_optimizer(copy.deepcopy(kept["optimizer"]), named.options(), named.options())
     with torch.no_grad():

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from helpers import adamw, assert_same_bits, built_in, loader, loss_fn, net, same
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
-from hookloop.callbacks import Checkpoint, EarlyStopping, Seed
+from hookloop.callbacks import Checkpoint, EarlyStopping, Schedule, Seed, WeightDecay
 from hookloop.loop import Callback, Goal, Loop, State
-from hookloop.loop.store import Named, list_checkpoints
+from hookloop.loop.kept import keep, put_back
+from hookloop.loop.store import Named, inner, list_checkpoints
 
 NAMES = ["0.weight", "0.bias", "2.weight", "2.bias"]
 
@@ -427,11 +429,61 @@ class Saved(Ahead):
         self.param_groups, self.count, self.slow = self.base.param_groups, saved["count"], [q.clone() for q in saved["slow"]]
 
 
+class Layout(Saved):
+    """One that gives all of it in a layout of its own."""
+
+    def state_dict(self) -> Any:
+        return {"all": super().state_dict()}
+
+
 class Forgets(Saved):
     """One that does not take it back."""
 
     def load_state_dict(self, saved: Any) -> None:
         self.slow = saved["slow"]
+
+
+class Several(torch.optim.Optimizer):
+    """Keeps several optimizers, one for each of its groups, in a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == which] for which in (True, False))
+        super().__init__([{"params": matrices}, {"params": rest}], {"lr": 0.01})
+        kinds: Any = (lambda groups: torch.optim.SGD(groups, momentum=0.9), torch.optim.AdamW)
+        self.opts = tuple(kind([group]) for kind, group in zip(kinds, self.param_groups, strict=True))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.opts:
+            one.step()
+
+
+class Sharp(torch.optim.Optimizer):
+    """Keeps state of its own under the parameters whose momentum another optimizer keeps, as SAM does."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, settings)
+        self.base = torch.optim.SGD(self.param_groups, **settings)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            p.grad.add_(self.state[p].get("old", 0 * p), alpha=0.01)
+            self.state[p]["old"] = p.clone()
+        self.base.step()
+
+    def load_state_dict(self, saved: Any) -> None:
+        super().load_state_dict(saved)
+        self.base.param_groups = self.param_groups
+
+
+class Shares(Several):
+    """Shares its state with the one that it keeps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.opts = (torch.optim.SGD(self.param_groups, momentum=0.9),)
+        self.opts[0].state = self.state
 
 
 class Records(torch.optim.SGD):
@@ -447,11 +499,13 @@ class Records(torch.optim.SGD):
 @pytest.mark.parametrize("optimizer", [
     lambda m: Saved(adamw(m)), lambda m: Records([{"params": m.parameters(), "past": []}], lr=0.1),
     lambda m: Records(m.parameters(), lr=0.1), lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=[0.8, 0.99]),
-], ids=["wraps", "list", "new list", "list for a tuple"])  # fmt: skip
+    Several, Shares, lambda m: Sharp(m.parameters(), lr=0.1, momentum=0.9),
+], ids=["wraps", "list", "new list", "list for a tuple", "several", "shares", "sharp"])  # fmt: skip
 def test_layouts_of_a_users_own_resume_to_the_same_bits(optimizer: Any, tmp_path: Path) -> None:
     def go(folder: Path, epochs: int) -> Any:
         seed, model = Seed(0), plain_net()
-        loop = Loop(model, optimizer(model), [seed, Checkpoint(folder)], resume=folder)
+        schedule = Schedule(lambda optimizer, steps: LambdaLR(optimizer, lambda t: 1 / (1 + t)))
+        loop = Loop(model, optimizer(model), [seed, schedule, Checkpoint(folder)], resume=folder)
         built_in(loop, loss_fn, loader(), epochs=epochs)
         return model.state_dict(), loop.state.optimizer.state_dict()
 
@@ -465,12 +519,67 @@ def test_state_of_a_wrapped_optimizer_that_would_be_lost_is_an_error(tmp_path: P
         model = plain_net()
         built_in(Loop(model, optimizer(adamw(model)), [Checkpoint(tmp_path)], resume=tmp_path), loss_fn, loader(), epochs=1)
 
-    with pytest.raises(ValueError, match=r"can't save .*Ahead: it keeps a AdamW in \.base, whose state"):
+    with pytest.raises(
+        ValueError, match=r"can't save .*Ahead: it keeps a AdamW in \.base, whose state .* \.count, \.slow\[0\]"
+    ):
         go(Ahead)
+    with pytest.raises(
+        ValueError, match=r"can't save .*Layout: its state_dict\(\) lacks 'state' and 'param_groups' and gives 'all'"
+    ):
+        go(Layout)
     assert not list_checkpoints(tmp_path)
     go(Forgets)
     with pytest.raises(ValueError, match=r"Forgets did not take exp_avg, exp_avg_sq, step of 0.weight"):
         go(Forgets)
+
+
+@pytest.mark.parametrize("build", [Several, Shares, lambda m: Sharp(m.parameters(), lr=0.1, momentum=0.9)])
+def test_a_rollback_is_exact_for_optimizers_inside_of_another(build: Any) -> None:
+    """State, also of one that had none yet, and the groups that they share."""
+    model = plain_net()
+    state = State(model, build(model))
+
+    def go(rates: list[float]) -> Any:
+        for i, rate in enumerate(rates):
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+            state.optimizer.step()
+        return copy.deepcopy((dict(model.state_dict()), Named(model, state.optimizer).optimizer_state()))
+
+    for before in ([], [0.1, 0.2]):
+        go(before)
+        kept = keep(state)
+        assert kept is not None
+        wanted = go([0.3, 0.1])
+        put_back(state, kept)
+        same(go([0.3, 0.1]), wanted)
+    for one in inner(state.optimizer).values():
+        for name in ("momentum_buffer", "exp_avg"):
+            next(iter(one.state.values())).get(name, torch.zeros(())).fill_(torch.nan)
+    assert keep(state) is None
+
+
+def test_an_optimizer_inside_of_another_kind_is_named(tmp_path: Path) -> None:
+    def go(kind: Any, **more: Any) -> Any:
+        model = plain_net()
+        optimizer = Sharp(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.base = kind(optimizer.param_groups)
+        return built_in(Loop(model, optimizer, [Checkpoint(tmp_path)], resume=tmp_path, **more), loss_fn, loader(), epochs=1)
+
+    go(lambda groups: torch.optim.SGD(groups, momentum=0.9))
+    with pytest.raises(ValueError, match=r"the optimizer has AdamW in \.base here and SGD in the checkpoint"):
+        go(torch.optim.AdamW)
+    with pytest.warns(UserWarning, match=r"the optimizer has AdamW in \.base here"):
+        go(torch.optim.AdamW, strict=False)
+
+
+def test_groups_can_not_be_split_where_an_optimizer_inside_would_keep_them_whole() -> None:
+    model = plain_net()
+    loop = Loop(model, Several(model), [WeightDecay(default=0.1)])
+    with pytest.raises(ValueError, match=r"Several keeps a SGD in \.opts\[0\], whose list of parameter groups is another"):
+        built_in(loop, loss_fn, loader(), epochs=1)
 
 
 def test_a_tensor_rate_that_the_program_changed_stands() -> None:

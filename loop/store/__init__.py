@@ -3,6 +3,7 @@
 from .copies import Copies
 from .disk import Contents, list_checkpoints, step_of, sync, write
 from .folder import Folder
+from .inner import inner
 from .manifest import Damaged
 from .named import Named
 from .plain import is_sharded, plain, reduced
@@ -20,6 +21,7 @@ __all__ = [
     "Writer",
     "check_same_folder",
     "fill",
+    "inner",
     "is_sharded",
     "list_checkpoints",
     "plain",

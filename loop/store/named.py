@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .inner import check_inner, silent, together
 from .plain import plain
 from .sharded import laid
 
@@ -90,8 +91,7 @@ class Named:
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state dict by names, with the tensors that it holds and the model does not."""
-        self._check_wrapped()
-        packed = self.optimizer.state_dict()
+        packed = self._packed()
         groups = [{k: v if k == "params" or isinstance(v, Tensor) else value(v, None) for k, v in group.items()}
                   for group in packed["param_groups"]]  # fmt: skip
         by_id = {k: n for ns, g in zip(self.names, groups, strict=True) for n, k in zip(ns, g["params"], strict=True)}
@@ -105,16 +105,29 @@ class Named:
             "loose": {k: v for k, v in packed["state"].items() if k not in by_id},
             "more": {k: v for k, v in packed.items() if k not in ("state", "param_groups")},
             "outside": {name: p.detach() for name, p in self.outside.items()},
+            "inner": self._inner_state(),
         }
 
-    def _check_wrapped(self) -> None:
-        """Raise ValueError for an optimizer that wraps another one whose state a save would leave out."""
-        if type(self.optimizer).state_dict is torch.optim.Optimizer.state_dict:
-            for name, inner in vars(self.optimizer).items():
-                if isinstance(inner, torch.optim.Optimizer) and inner.state.keys() - self.optimizer.state.keys():
-                    raise ValueError(f"can't save {self.kind}: it keeps a {type(inner).__qualname__} in .{name}, whose state its "
-                                     f"state_dict() leaves out; define state_dict and load_state_dict, which pass on those of "
-                                     f".{name}")  # fmt: skip
+    def _packed(self) -> dict[str, Any]:
+        """Return the optimizer's own state dict; raises ValueError for one that names cannot be given to."""
+        packed = self.optimizer.state_dict()
+        if lost := [key for key in ("state", "param_groups") if key not in packed]:
+            raise ValueError(f"can't save {self.kind}: its state_dict() lacks {' and '.join(map(repr, lost))} and gives "
+                             f"{', '.join(map(repr, packed))}; have it give both as torch.optim.Optimizer's does, of all its "
+                             "parameter groups, and whatever else it keeps beside them, and load_state_dict take that")  # fmt: skip
+        return packed
+
+    def _inner_state(self) -> dict[str, Any]:
+        """Return the state of optimizers inside that the state dict leaves out; their groups are the outer one's."""
+        found = {}
+        for path, one in silent(self.optimizer).items():
+            if one.state is not self.optimizer.state and (
+                any(one.state.values()) or type(one).state_dict is not torch.optim.Optimizer.state_dict
+            ):
+                check_inner(self.kind, self.optimizer, path, one)
+                state = Named(self.model, one).optimizer_state()
+                found[path] = {**state, "groups": [{"params": group["params"]} for group in state["groups"]]}
+        return found
 
     def model_misfits(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return, by name, what of a saved model can't be loaded into this one."""
@@ -144,9 +157,12 @@ class Named:
         """Return what of a saved optimizer does not fit; `before` and `now`: settings as the two programs gave them."""
         if self.kind != saved["kind"]:
             return [f"the optimizer is {self.kind} here and {saved['kind']} in the checkpoint"]
+        mine = {path: Named(self.model, one).kind for path, one in silent(self.optimizer).items()}
+        others = [f"the optimizer has {mine.get(path, 'none')} in {path} here and {one['kind']} in the checkpoint"
+                  for path, one in saved.get("inner", {}).items() if mine.get(path) != one["kind"]]  # fmt: skip
         there = {name: i for i, group in enumerate(saved["groups"]) for name in group["params"]}
         here = {name: i for i, names in enumerate(self.names) for name in names}
-        found = [f"the optimizer holds {name} {where} alone"
+        found = others + [f"the optimizer holds {name} {where} alone"
                  for one, other, where in ((here, there, "here"), (there, here, "in the checkpoint"))
                  for name in one if name not in other and name not in skip]  # fmt: skip
         found += [f"{name} is in parameter group {i} here and {there[name]} in the checkpoint" for name, i in here.items()
@@ -178,7 +194,10 @@ class Named:
 
         `rounded`: parameters that are of another type now, whose state is rounded with them.
         """
-        packed, groups = self.optimizer.state_dict(), self.optimizer.param_groups
+        packed, groups = self._packed(), self.optimizer.param_groups
+        wrapped = silent(self.optimizer)
+        alike = [one for one in wrapped.values() if one.state is self.optimizer.state]
+        lists = [(one, [*one.param_groups]) for one in (self.optimizer, *wrapped.values())] if wrapped else []
         rates = [group["lr"] for group in groups]
         ids = {name: k for names, g in zip(self.names, packed["param_groups"], strict=True)
                for name, k in zip(names, g["params"], strict=True)}  # fmt: skip
@@ -201,6 +220,11 @@ class Named:
                                  "which its state_dict gave")  # fmt: skip
             if name not in rounded:
                 held.update(unrounded(held, one))
+        for path, theirs in saved.get("inner", {}).items():
+            if path in wrapped and (one := Named(self.model, wrapped[path])).kind == theirs["kind"]:
+                none: list[dict[str, Any]] = [{}] * len(one.names)
+                one.load_optimizer(theirs, none, none, skip, rounded)
+        together(self.optimizer, lists, alike)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(rate, Tensor):  # a captured step reads this very tensor
                 group["lr"] = rate.copy_(torch.as_tensor(group["lr"]))
