@@ -5,13 +5,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ..loop.callback import Callback
 from ..loop.checks import whole
 from ..loop.graph import Graphs
-from ..loop.groups import check_decays
+from ..loop.groups import check_decays, check_readable
 from ..loop.schedulers import rates
 from ..loop.state import State
 
@@ -75,9 +74,8 @@ class DecaySchedule(Callback):
         self._first, self._exchanged = rates(state.optimizer), True
 
     def _follows(self, optimizer: Optimizer) -> None:
-        if self.schedule == "rate" and any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
-            raise ValueError("DecaySchedule('rate') would read rates that are tensors in each update; give lr as a number, or "
-                             "take another schedule")  # fmt: skip
+        if self.schedule == "rate":
+            check_readable(optimizer)
 
     def on_fit_start(self, state: State) -> None:
         """Learn the run's length, and refuse what can't work."""

@@ -76,7 +76,7 @@ class Diagnose(Callback):
                 self._now.add(loss)
 
     def _judge(self, state: State, val: float | None) -> Point:
-        point = self._now.point(state.step, val, max((float(rate) for rate in state.rates), default=0.0))
+        point = self._now.point(state.step, val, max((float(rate) for rate in state.rates if rate is not None), default=0.0))
         scale, size = state.metrics.get("noise_scale"), state.update_size * state.world
         noise = None if scale is None or not size else number("noise_scale", scale) / size
         self.finding = verdict([*self.points, point], self.first or 0.0, self.target, noise)

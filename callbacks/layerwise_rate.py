@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..loop.callback import Callback
 from ..loop.depth import Layer, as_run, layers
-from ..loop.groups import as_text, fold, set_groups
+from ..loop.groups import as_text, check_rated, fold, set_groups
 from ..loop.rules import Rule, by_rules, check_rules
 from ..loop.state import State
 
@@ -57,6 +57,7 @@ class LayerwiseRate(Callback):
             found = as_run(state.model, found, self.example)
         if not found[1:] and not ruled:
             raise ValueError(f"the model is one layer, so decay={self.decay} changes nothing; give rules")
+        check_rated(state.optimizer)
         factors = {**rate_factors(found, self.decay), **ruled}
         rates = {p: scaled(group["lr"], factors.get(p, 1.0))
                  for group in state.optimizer.param_groups for p in group["params"]}  # fmt: skip

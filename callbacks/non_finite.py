@@ -49,7 +49,7 @@ class NonFinite(Callback):
     def on_fit_start(self, state: State) -> None:
         """Keep anew what to go back to, which may have changed between two runs."""
         if self._kept is not None:
-            self._kept.begin(state)
+            self._kept.begin(state, self.factor < 1)
 
     def _before(self, state: State) -> None:
         self._state, self._loss, self._buffers = state, None, statistics(state) if self._buffers is None else self._buffers

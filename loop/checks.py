@@ -45,6 +45,14 @@ def check_optimizer(optimizer: Any) -> None:
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{type(optimizer).__name__} needs a closure, which a step of several micro-batches can't give; "
                         "take another optimizer")  # fmt: skip
+    kind, torchs = type(optimizer).__name__, torch.optim.Optimizer.state_dict
+    if not hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(type(optimizer), "state_dict", torchs) is torchs:
+        raise TypeError(f"{kind} can't tell its state: it has no state_dict() of its own, and torch's needs what __init__ of "
+                        "torch.optim.Optimizer sets up; call super().__init__ there, or define state_dict and "
+                        "load_state_dict")  # fmt: skip
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ValueError(f"{kind} has parameter groups without 'lr'; give them one before the Loop is built, None if it sets its "
+                         "rates by itself: for group in optimizer.param_groups: group.setdefault('lr', None)")  # fmt: skip
 
 
 def autocast_context(autocast: Any, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]] | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .checks import check_optimizer
 from .factors import rates_of
-from .groups import Group, own_rates, put
+from .groups import Group, check_rated, own_rates, put
 from .schedulers import rates
 from .state import State
 from .store import Named
@@ -68,6 +68,7 @@ def successor(state: State, build: Build, rate: float | Callable[[Group], float]
     own_rates(new)
     for group in new.param_groups if rate is not None else ():
         put(group, {"lr": rate(group) if callable(rate) else rate})
+    check_rated(old)
     known = {**given, **state.layer_rates}
     firsts = {id(p): float(known.get(p, group["lr"])) for group in old.param_groups for p in group["params"]}
     if (top := max(firsts.values())) > min(firsts.values()):
@@ -94,7 +95,7 @@ def follow(loop: weakref.ref[Session], state: State) -> None:
     """Have a Loop, which is not kept by this, count the steps of the optimizer that it trains with now, and know its settings."""
     if (found := loop()) is None:
         return
-    if hasattr(state.optimizer, "register_step_post_hook"):
+    if hasattr(state.optimizer, "_optimizer_step_post_hooks"):
         state.optimizer.register_step_post_hook(functools.partial(count_step, loop))
     found.settings = Named(state.model, state.optimizer).options()
 

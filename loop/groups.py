@@ -29,7 +29,8 @@ def fold(names: list[str]) -> str:
 def describe(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return one row a parameter group, its names folded; reading a rate that lies on a device waits for it."""
     names, groups = {p: name for name, p in model.named_parameters()}, optimizer.param_groups
-    return [{"group": i, "lr": float(g["lr"]), "weight_decay": g.get("weight_decay"), "tensors": len(g["params"]),
+    return [{"group": i, "lr": None if g["lr"] is None else float(g["lr"]),
+             "weight_decay": g.get("weight_decay"), "tensors": len(g["params"]),
              "parameters": sum(0 if isinstance(p, lazy) else p.numel() for p in g["params"]),
              "names": fold([names.get(p, "(not in the model)") for p in g["params"]])}
             for i, g in enumerate(groups)]  # fmt: skip
@@ -98,6 +99,22 @@ def set_groups(state: State, changes: Mapping[str, Mapping[Tensor, Any]]) -> Non
                              f"split now; have both hold one list, or give the groups these settings yourself")  # fmt: skip
     groups[:] = new
     state.layer_rates |= {p: r.clone() if isinstance(r, Tensor) else r for p, r in changes.get("lr", {}).items()}
+
+
+def check_rated(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that sets its rates by itself, which nothing can scale or schedule."""
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        raise ValueError(f"{type(optimizer).__name__} sets its rates by itself (lr=None), so they can't be scaled, scheduled or "
+                         "handed on; give it lr= (transformers' Adafactor: lr=1e-3, relative_step=False), or leave out what "
+                         "would")  # fmt: skip
+
+
+def check_readable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse rates that can't be followed in each update."""
+    check_rated(optimizer)
+    if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
+        raise ValueError("DecaySchedule('rate') would read rates that are tensors in each update; give lr as a number, or "
+                         "take another schedule")  # fmt: skip
 
 
 def check_decays(optimizer: torch.optim.Optimizer) -> None:

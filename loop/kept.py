@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .finite import numbers_of
-from .groups import put
+from .groups import check_rated, put
 from .redo import overlapping, shaped, tensors
 from .state import State
 from .store import Copies, Named, inner
@@ -31,8 +31,13 @@ class Kept:
         self.restored = False
         self.optimizer: Optimizer | None = None
 
-    def begin(self, state: State) -> None:
-        """Keep anew before the first step, which callbacks may still change weights for, also between two runs."""
+    def begin(self, state: State, scales: bool) -> None:
+        """Keep anew before the first step, which callbacks may still change weights for, also between two runs.
+
+        `scales`: whether going back will scale rates, which is refused here of an optimizer that has none.
+        """
+        if scales:
+            check_rated(state.optimizer)
         if state.loader is not None and not self.restored:
             self.at = None
         self.restored = False

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .checks import say
 from .goal import Goal
-from .groups import Group, put
+from .groups import Group, check_rated, put
 from .store import reduced
 
 if TYPE_CHECKING:
@@ -45,7 +45,11 @@ def put_all(optimizer: Optimizer, found: list[dict[str, Any]]) -> None:
 
 
 def build(function: Callable[..., Any], state: State, since: int, first: dict[Tensor, Any]) -> Any:
-    """Return what the function builds, which begins at each group's rate: `first` gives that of its parameters, where known."""
+    """Return what the function builds, which begins at each group's rate: `first` gives that of its parameters, where known.
+
+    Raises ValueError where a group can have no rate.
+    """
+    check_rated(state.optimizer)
     groups, total = state.optimizer.param_groups, length(state, since)
     for group in groups:
         put(group, {"lr": first.get(group["params"][0], group["lr"])})

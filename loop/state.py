@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .checks import say
 from .factors import Asked, Factor, checked, multiply, put_back, rates_of
 from .goal import number, plain
-from .groups import Group, own_rates
+from .groups import Group, check_rated, own_rates
 from .micro_end import MicroEnd
 from .ranks import Ranks
 from .step import Eager
@@ -211,6 +211,7 @@ class State:
 
     def scale_rate(self, factor: float, group: Group | int | None = None) -> None:
         """Multiply the rate of this update (of one parameter group, or all) by `factor`; it is put back after."""
+        check_rated(self.optimizer)
         self._rate_factors.append((self._group(group), checked("scale_rate", factor)))
 
     def scale_decay(self, factor: Factor, group: Group | int | None = None) -> None:

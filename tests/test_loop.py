@@ -21,8 +21,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hookloop.callbacks import Checkpoint, ClipGradients, GradientAccumulation, MicroBatch, Seed, Warmup
+from hookloop.callbacks import (
+    Checkpoint,
+    ClipGradients,
+    DecaySchedule,
+    Diagnose,
+    GradientAccumulation,
+    LayerwiseRate,
+    MicroBatch,
+    NonFinite,
+    Progress,
+    Schedule,
+    Seed,
+    SwitchOptimizer,
+    TensorBoard,
+    Warmup,
+    WeightDecay,
+)
 from hookloop.loop import Callback, Goal, Loop, State
+from hookloop.loop.study import preview
 
 HOOKS = ["on_setup", "on_fit_start", "on_epoch_start", "on_step_start", "on_exception", "on_micro_end",
          "on_before_optimizer_step", "on_step_end", "on_validation_end", "on_epoch_end", "on_fit_end"]  # fmt: skip
@@ -1468,6 +1485,103 @@ def test_op6_what_is_no_optimizer_is_refused() -> None:
     ):
         with pytest.raises(TypeError, match=match):
             Loop(model, bad)
+
+
+class Relative(torch.optim.Optimizer):
+    """Sets its rates by itself, as transformers' Adafactor(lr=None, relative_step=True) does."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, {"lr": None, "weight_decay": 0.0, **settings})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in [p for group in self.param_groups for p in group["params"]]:
+            steps = self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            p.sub_(p.grad, alpha=0.1 * steps**-0.5)
+
+
+def test_an_optimizer_that_sets_its_rates_by_itself_trains_beside_all_that_watch(tmp_path: Path) -> None:
+    def go(folder: Path, epochs: int) -> Any:
+        model = net(noise=False)
+        own = [
+            TensorBoard(folder / "curves", every=1),
+            Diagnose(),
+            Progress(),
+            NonFinite("rollback", factor=1.0),
+            ClipGradients(1.0),
+        ]
+        own += [WeightDecay(default=0.1), DecaySchedule("linear", steps=5), Checkpoint(folder)]
+        loop = Loop(model, Relative(model.parameters()), own, resume=folder)
+        return loop.fit(loss_fn, train(), loader(), epochs=epochs), bits(loop)
+
+    go(tmp_path / "a", 1)
+    state, found = go(tmp_path / "a", 2)
+    assert (state.step, state.rates) == (6, [None, None])
+    assert_same_bits(found, go(tmp_path / "b", 2)[1])
+    model = net()
+    shown = preview([WeightDecay(default=0.1)], train(), epochs=1, optimizer=Relative(model.parameters()), model=model)
+    assert shown.rates is None
+    assert "Relative sets its rates by itself" in str(shown)
+
+
+@pytest.mark.parametrize("scales", [
+    lambda: Warmup(4), lambda: Schedule("cosine"), lambda: LayerwiseRate(0.5), lambda: NonFinite("rollback"),
+    lambda: DecaySchedule("rate"), lambda: SwitchOptimizer(lambda groups: torch.optim.SGD(groups, lr=0.1), at=2),
+])  # fmt: skip
+def test_what_scales_rates_refuses_an_optimizer_that_sets_them_by_itself(scales: Any) -> None:
+    model = net(noise=False)
+    with pytest.raises(ValueError, match=r"Relative sets its rates by itself \(lr=None\).*lr=1e-3, relative_step=False"):
+        Loop(model, Relative(model.parameters(), weight_decay=0.1), [scales()]).fit(loss_fn, train(), epochs=2)
+
+
+def test_rates_are_asked_for_by_name() -> None:
+    model = net()
+    optimizer = Relative(model.parameters())
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(
+        ValueError, match=r"Relative has parameter groups without 'lr'; give them one .*None if it sets its rates"
+    ):
+        Loop(model, optimizer)
+
+
+class Inherits(torch.optim.Optimizer):
+    """Wraps another optimizer without torch's set-up, as accelerate's does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    param_groups = property(lambda self: self.inner.param_groups)  # type: ignore[assignment]
+    state = property(lambda self: self.inner.state)  # type: ignore[assignment]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+
+class Passes(Inherits):
+    """And passes on its state."""
+
+    def state_dict(self) -> Any:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.inner.load_state_dict(state_dict)
+
+
+def test_a_wrapper_without_torchs_set_up_is_as_what_it_wraps_or_refused(tmp_path: Path) -> None:
+    def go(wrapped: Any, epochs: int, *own: Callback, **more: Any) -> Any:
+        model = net(noise=False)
+        loop = Loop(model, wrapped(adamw(model)), [Warmup(4), NonFinite("rollback"), *own], **more)
+        loop.fit(loss_fn, train(), epochs=epochs)
+        return bits(loop)
+
+    go(Passes, 1, Checkpoint(tmp_path))
+    assert_same_bits(go(Passes, 2), go(lambda optimizer: optimizer, 2))
+    assert_same_bits(go(Passes, 2, Checkpoint(tmp_path), resume=tmp_path), go(lambda optimizer: optimizer, 2))
+    with pytest.raises(TypeError, match=r"Inherits can't tell its state.*call super\(\)\.__init__ there"):
+        go(Inherits, 1)
 
 
 def test_an_optimizer_of_the_users_own() -> None:

@@ -15,7 +15,7 @@ from .. import batch as batches
 from ..checks import check_loader
 from ..chunk import Chunk, piece
 from ..feed import Feed
-from ..groups import put
+from ..groups import check_rated, put
 from ..guards import to_train
 from ..loop import Loop
 from ..order import apart, extent
@@ -148,6 +148,7 @@ class LookAhead:
 
 def shares(state: State) -> list[float]:
     """Return each group's rate over the largest one's, schedules aside; raises ValueError where all rates are 0."""
+    check_rated(state.optimizer)
     rates = [float(group.get("initial_lr", group["lr"])) for group in state.optimizer.param_groups]
     if not max(rates) > 0:
         raise ValueError(f"every rate in {type(state.optimizer).__name__} is 0, which says no ratio of the groups' rates; build it "

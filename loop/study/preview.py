@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from array import array
 from collections import defaultdict
@@ -76,6 +77,8 @@ def preview(callbacks: Iterable[Callback], loader: Any, *, epochs: int | None = 
         found[name] = None
     missing = [n for n in SAMPLES if found[n] is not None and not found[n].all()]
     unknown |= dict.fromkeys(missing, untold)
+    if found["rates"] is not None and found["rates"].numel() and found["rates"].isnan().all():
+        missing, unknown["rates"] = [*missing, "rates"], f"{type(optimizer).__name__} sets its rates by itself"
     found |= dict.fromkeys(missing)
     names = tuple([row["names"] for row in describe(first.state.optimizer, model)]) if model is not None else ()
     return Preview(**found, names=names, unknown=unknown, left_out=left_out)
@@ -121,6 +124,8 @@ def shadow(known: list[Callback], noise: list[Any], loader: Any, optimizer: Any,
         memo |= {id(v): v.detach().to("cpu", copy=True) for v in group.values() if isinstance(v, Tensor)}
     copied, mine, watching = copied_with(memo, optimizer), [copied_with(memo, c) for c in known], copy.deepcopy(noise)
     copied._opt_called = True
+    for group in copied.param_groups:
+        group["lr"] = math.nan if group["lr"] is None else group["lr"]
     return State(model or nn.ParameterList(parameters), copied, loader=loader), mine, watching
 
 
