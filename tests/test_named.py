@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from hookloop.callbacks import Checkpoint, EarlyStopping, Schedule, Seed, WeightDecay
+from hookloop.callbacks import Average, Checkpoint, EarlyStopping, NonFinite, Schedule, Seed, WeightDecay
 from hookloop.loop import Callback, Goal, Loop, State
 from hookloop.loop.kept import keep, put_back
 from hookloop.loop.store import Named, inner, list_checkpoints
@@ -673,6 +673,72 @@ def test_what_does_not_fit_is_left_as_it_is(misfit: str) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name] if name in skip else saved[name]), name
     assert [*named.optimizer_state()["state"]] == [name for name in NAMES if name not in skip]
+
+
+class Quantized(nn.Module):
+    """Weights quantized by torch's own module, whose buffers get a shape in its first forward, and are loaded in that shape."""
+
+    def __init__(self, inputs: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.weight = nn.Parameter(torch.randn(3, inputs))
+        self.quantize = torch.ao.quantization.default_per_channel_weight_fake_quant()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.quantize(self.weight))
+
+
+def test_modules_that_load_other_shapes_by_themselves_resume_to_the_same_bits(tmp_path: Path) -> None:
+    def once(folder: Path | None, steps: int, *kinds: Any) -> Any:
+        model, own = Quantized(), [kind() for kind in kinds]
+        save = [] if folder is None else [Checkpoint(folder, every=1)]
+        loop = Loop(model, sgd(model), [Seed(4), *own, *save], resume=folder)
+        built_in(loop, loss_fn, loader(), steps=steps)
+        return copy.deepcopy((dict(model.state_dict()), Named(model, loop.state.optimizer).optimizer_state()["state"]))
+
+    for kinds in ([], [lambda: Average("ema"), lambda: NonFinite("rollback", every=1)]):
+        folder = tmp_path / str(len(kinds))
+        once(folder, 3, *kinds)
+        same(once(folder, 7, *kinds), once(None, 7, *kinds))
+    model = Quantized(5)
+    loop, before = Loop(model, sgd(model), [Seed(4)], resume=tmp_path / "0"), copy.deepcopy(dict(model.state_dict()))
+    with pytest.raises(ValueError, match=r"does not fit: weight is \(3, 5\) here and \(3, 6\) in the checkpoint\. Put"), loop:
+        pass
+    same(dict(model.state_dict()), before)
+
+
+class Interpolates(nn.Linear):
+    """Makes what it loads fit itself, so that the optimizer's state would not."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict[prefix + "weight"] = state_dict[prefix + "weight"][:, : self.in_features]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Rebinds(nn.Linear):
+    """Puts a parameter of the saved shape in the place of the one that the optimizer holds."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.weight = nn.Parameter(state_dict[prefix + "weight"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Reaches(nn.Linear):
+    """Does so in a function that no copy of it takes along."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_load_state_dict_pre_hook(lambda module, saved, prefix, *args: setattr(
+            self.weight, "data", torch.zeros_like(saved[prefix + "weight"])))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Interpolates, Rebinds, Reaches])
+def test_shapes_that_modules_make_fit_in_ways_that_an_optimizer_does_not_are_misfits(kind: Any) -> None:
+    model = kind(4, 3)
+    before = copy.deepcopy(dict(model.state_dict()))
+    found = Named(model, sgd(model)).model_misfits(dict(kind(6, 3).state_dict()))
+    assert found == {"weight": "weight is (3, 4) here and (3, 6) in the checkpoint"}
+    same(dict(model.state_dict()), before)
 
 
 def test_versions_of_modules_are_kept_under_clean_names() -> None:

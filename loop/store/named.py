@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .adapted import adapted
 from .inner import check_inner, silent, together
 from .plain import plain
 from .sharded import laid
@@ -134,10 +135,13 @@ class Named:
         mine = self.model_state()
         found = {n: f"{n} is missing in the checkpoint, and {shape(mine[n])} here" for n in mine if n not in saved}
         found |= {n: f"{n} is in the checkpoint alone, as {shape(saved[n])}" for n in saved if n not in mine}
+        other = dict[str, str]()
         for name in mine.keys() & saved.keys():
             here, there = shape(mine[name]), shape(saved[name])
             if here is not None and here != there:
-                found[name] = f"{name} is {here} here and {there} in the checkpoint"
+                other[name] = f"{name} is {here} here and {there} in the checkpoint"
+        taken = adapted(self.model, self.clean, other, saved) if other else ()
+        found |= {name: text for name, text in other.items() if name not in taken}
         return {name: found[name] for name in sorted(found)}
 
     def rounded(self, saved: dict[str, Any]) -> dict[str, str]:
