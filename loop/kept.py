@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .finite import numbers_of
 from .groups import check_rated, put
-from .redo import overlapping, shaped, tensors
+from .redo import put_buffer, shaped, tensors
 from .state import State
 from .store import Copies, Named, inner
 
@@ -114,12 +114,3 @@ def put_back(state: State, kept: dict[str, Any]) -> None:
     for key, made in kept.get("along", {}).items():  # formats of before have none
         if key in state.along:
             state.along[key][1](copy.deepcopy(made))
-
-
-def put_buffer(owner: dict[str, Tensor | None], name: str, kept: Tensor | None, device: torch.device) -> None:
-    """Fill a buffer where it is, or put another in its place where that is of another shape."""
-    buffer = owner[name]
-    if kept is None or buffer is None or buffer.shape != kept.shape:
-        owner[name] = None if kept is None else kept.to(device if buffer is None else buffer.device, copy=True)
-    elif not overlapping(buffer):  # which nobody can have written to
-        buffer.copy_(kept)

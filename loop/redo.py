@@ -123,6 +123,15 @@ def overlapping(x: Tensor) -> bool:
     )
 
 
+def put_buffer(owner: dict[str, Tensor | None], name: str, kept: Tensor | None, device: torch.device) -> None:
+    """Fill a buffer where it is, or put another in its place where that is of another shape."""
+    buffer = owner[name]
+    if kept is None or buffer is None or buffer.shape != kept.shape:
+        owner[name] = None if kept is None else kept.to(device if buffer is None else buffer.device, copy=True)
+    elif not overlapping(buffer):  # which nobody can have written to
+        buffer.copy_(kept)
+
+
 def shaped(model: nn.Module) -> nn.Module:
     """Refuse a model with lazy modules that have no shape yet: what their first forward makes could not be undone."""
     if lazy := [name for name, x in (*model.named_parameters(), *model.named_buffers()) if is_lazy(x)]:

@@ -161,7 +161,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if rounded and saved["data"]["left"] is not None:  # data of the other type: they are read again
         saved["data"].update(left=None, read=saved["data"]["read"] - 1)
     state.samples, (state.update_size, state.micro_size) = alone["samples"], alone.get("sizes") or (0, 0)
-    load_buffers(state, alone.get("buffers") or {})
+    load_buffers(state, alone.get("buffers") or {}, skip)
     loop.stand_in = Chunk(*alone["stand_in"]) if alone.get("stand_in") else None
     loop.feed.load_state_dict(alone["data"])
     loop.train_loss.load_state_dict(alone["train_loss"], state.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .redo import overlapping
+from .redo import overlapping, put_buffer
+from .store.named import cleaner
 
 if TYPE_CHECKING:
     from .state import State
@@ -157,15 +159,26 @@ def own_buffers(state: State, given: dict[str, Any]) -> dict[str, Any]:
     found = {
         n: b.detach() for n, b in state.model.named_buffers() if not hasattr(b, "device_mesh") and not (alike and n in kept)
     }
-    return {n: b for n, b in found.items() if n in kept or (dense(b) and not (n in given and torch.equal(b.cpu(), given[n])))}
+    own = {n: b for n, b in found.items() if n in kept or (dense(b) and not (n in given and torch.equal(b.cpu(), given[n])))}
+    clean, emptied = cleaner(state.model), {n: None for n in given if n not in dict(state.model.named_buffers())}
+    return {clean(n): b for n, b in {**own, **emptied}.items()}
 
 
-def load_buffers(state: State, saved: dict[str, Any]) -> None:
-    """Take them back."""
+def load_buffers(state: State, saved: dict[str, Any], skip: Container[str] = ()) -> None:
+    """Take them back, also into empty places and in other shapes, but for those in `skip`; warn of what finds no place."""
+    modules, clean = state.model.named_modules(), cleaner(state.model)
+    places = {clean(f"{path}.{n}" if path else n): (m._buffers, n) for path, m in modules for n in m._buffers}
+    lost = list[str]()
     with torch.no_grad():
-        for name, b in state.model.named_buffers():
-            if name in saved and saved[name].shape == b.shape and not overlapping(b):
-                b.copy_(saved[name])
+        for name, kept in saved.items():
+            place = places.get(name) or places.get(clean(name))  # formats of before have the wrapped model's names
+            if place is not None and name not in skip:
+                put_buffer(*place, kept, state.device)
+            elif place is None and kept is not None:
+                lost.append(name)
+    if lost:
+        warnings.warn(f"the checkpoint holds buffers that the model has no place for, so they begin as the program gives them: "
+                      f"{', '.join(sorted(lost)[:8])}", stacklevel=3)  # fmt: skip
 
 
 def check_gradients(state: State, had: set[Any]) -> None:

@@ -431,3 +431,44 @@ def test_buffers_that_the_state_dict_leaves_out_go_on_too(tmp_path: Path) -> Non
     assert_same_bits(bits(expected), bits(resumed))
     assert resumed.state.model.seen == 14
     assert resumed.state.model.given == 5.0  # which nothing but the program ever set
+
+
+class Remembers(nn.Module):
+    """Holds what its forward makes in buffers that its state dict leaves out: from nothing, longer in each, and let go."""
+
+    def __init__(self, holds: bool = True) -> None:
+        super().__init__()
+        self.net = net()
+        for name, first in (("last", None), ("past", torch.zeros(1)), ("once", torch.ones(2))):
+            if holds:
+                self.register_buffer(name, first, persistent=False)
+        self.holds = holds
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if not self.holds:
+            return self.net(x)
+        made = self.net(x) + self.past.sum() + (0 if self.last is None else self.last) + (0 if self.once is None else 1)
+        if self.training:
+            self.last, self.past, self.once = made.detach().mean(0), torch.cat([self.past, made.detach().mean().view(1)]), None
+        return made
+
+
+def test_buffers_that_a_forward_fills_replaces_or_lets_go_go_on_too(tmp_path: Path) -> None:
+    def run(kill: int | None, wrap: Any = lambda model: model, **given: Any) -> Loop:
+        torch.manual_seed(1)
+        model = wrap(Remembers())
+        loop = Loop(model, adamw(model), [Seed(0), Checkpoint(tmp_path / "runs", every=1), KillAt(kill)], **given)
+        loop.fit(loss_fn, loader(), epochs=2)
+        return loop
+
+    expected = run(None)
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(Killed):
+        run(8, nn.DataParallel)
+    resumed = run(None, resume=tmp_path / "runs")
+    assert_same_bits(bits(expected), bits(resumed))
+    assert_same_bits(dict(expected.state.model.named_buffers()), dict(resumed.state.model.named_buffers()))
+    assert (len(resumed.state.model.past), resumed.state.model.once) == (15, None)
+    model = Remembers(holds=False)
+    with pytest.warns(UserWarning, match=r"buffers that the model has no place for.*: last, past$"):
+        Loop(model, adamw(model), [Seed(0)], resume=tmp_path / "runs").__enter__()
