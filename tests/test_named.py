@@ -486,6 +486,11 @@ class Shares(Several):
         self.opts[0].state = self.state
 
 
+def tensor_betas(model: nn.Module) -> torch.optim.Optimizer:
+    betas = (torch.tensor(0.8), torch.tensor(0.99))
+    return torch.optim.Adam(model.parameters(), lr=0.01, betas=betas, foreach=False)  # type: ignore[arg-type]
+
+
 class Records(torch.optim.SGD):
     """Keeps a list in its groups, which grows."""
 
@@ -499,8 +504,8 @@ class Records(torch.optim.SGD):
 @pytest.mark.parametrize("optimizer", [
     lambda m: Saved(adamw(m)), lambda m: Records([{"params": m.parameters(), "past": []}], lr=0.1),
     lambda m: Records(m.parameters(), lr=0.1), lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=[0.8, 0.99]),
-    Several, Shares, lambda m: Sharp(m.parameters(), lr=0.1, momentum=0.9),
-], ids=["wraps", "list", "new list", "list for a tuple", "several", "shares", "sharp"])  # fmt: skip
+    Several, Shares, lambda m: Sharp(m.parameters(), lr=0.1, momentum=0.9), lambda m: tensor_betas(m),
+], ids=["wraps", "list", "new list", "list for a tuple", "several", "shares", "sharp", "tensors in a tuple"])  # fmt: skip
 def test_layouts_of_a_users_own_resume_to_the_same_bits(optimizer: Any, tmp_path: Path) -> None:
     def go(folder: Path, epochs: int) -> Any:
         seed, model = Seed(0), plain_net()
@@ -590,6 +595,17 @@ def test_a_tensor_rate_that_the_program_changed_stands() -> None:
     named.load_optimizer(saved, [{"lr": 0.25}], named.options(), {})
     assert named.optimizer.param_groups[0]["lr"] is rate
     assert rate.item() == 0.75
+
+
+def test_settings_that_were_saved_as_numbers_are_tensors_where_the_program_has_them_so() -> None:
+    """As checkpoints of before have those in tuples."""
+    model = plain_net()
+    saved = Named(model, tensor_betas(model)).optimizer_state()
+    assert [type(beta) for beta in saved["groups"][0]["betas"]] == [torch.Tensor, torch.Tensor]
+    saved["groups"][0]["betas"] = tuple(beta.item() for beta in saved["groups"][0]["betas"])
+    named = Named(model, tensor_betas(model))
+    named.load_optimizer(saved, named.options(), named.options(), {})
+    same(named.optimizer.param_groups[0]["betas"], (torch.tensor(0.8), torch.tensor(0.99)))
 
 
 class Lazy(nn.Module):

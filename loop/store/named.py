@@ -93,8 +93,7 @@ class Named:
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state dict by names, with the tensors that it holds and the model does not."""
         packed = self._packed()
-        groups = [{k: v if k == "params" or isinstance(v, Tensor) else value(v, None) for k, v in group.items()}
-                  for group in packed["param_groups"]]  # fmt: skip
+        groups = [{k: v if k == "params" else kept(v) for k, v in group.items()} for group in packed["param_groups"]]
         by_id = {k: n for ns, g in zip(self.names, groups, strict=True) for n, k in zip(ns, g["params"], strict=True)}
         for names, group in zip(self.names, groups, strict=True):
             group.pop("param_names", None)
@@ -211,23 +210,26 @@ class Named:
             if j is not None:
                 old, new = before[j] if j < len(before) else {}, now[i]
                 own = {"params", "param_names", *IMPLEMENTATION, *changed(old, new)}
-                packed["param_groups"][i].update({k: v for k, v in saved["groups"][j].items() if k not in own})
+                mine = packed["param_groups"][i]
+                mine.update({k: like(v, mine.get(k, v)) for k, v in saved["groups"][j].items() if k not in own})
                 skip |= set(self.names[i]) if structural(old, new) else set()
-        mine = {name: laid(one, self.tensors[name]) for name, one in saved["state"].items() if name in ids and name not in skip}
-        state = {ids[name]: one for name, one in mine.items()}
+        theirs = {
+            name: laid(one, self.tensors[name]) for name, one in saved["state"].items() if name in ids and name not in skip
+        }
+        state = {ids[name]: one for name, one in theirs.items()}
         self.optimizer.load_state_dict({**packed, **saved["more"], "state": {**packed["state"], **saved["loose"], **state}})
         taken = self.optimizer.state_dict()["state"]  # what one that wraps another gives is the inner one's state
-        for name, one in mine.items():
+        for name, one in theirs.items():
             held = self.optimizer.state.get(self.tensors[name]) or taken.get(ids[name], {})
             if lost := one.keys() - held.keys():
                 raise ValueError(f"load_state_dict of {self.kind} did not take {', '.join(sorted(map(str, lost)))} of {name}, "
                                  "which its state_dict gave")  # fmt: skip
             if name not in rounded:
                 held.update(unrounded(held, one))
-        for path, theirs in saved.get("inner", {}).items():
-            if path in wrapped and (one := Named(self.model, wrapped[path])).kind == theirs["kind"]:
+        for path, inside in saved.get("inner", {}).items():
+            if path in wrapped and (one := Named(self.model, wrapped[path])).kind == inside["kind"]:
                 none: list[dict[str, Any]] = [{}] * len(one.names)
-                one.load_optimizer(theirs, none, none, skip, rounded)
+                one.load_optimizer(inside, none, none, skip, rounded)
         together(self.optimizer, lists, alike)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(rate, Tensor):  # a captured step reads this very tensor
@@ -261,9 +263,24 @@ def unrounded(held: Any, exact: Any) -> Any:
     return held
 
 
-def value(x: Any, sequence: type | None = list) -> Any:
-    """Return settings as plain numbers, in lists, so that they compare; `sequence` None: in lists and tuples, as they are."""
+def value(x: Any) -> Any:
+    """Return settings as plain numbers, in lists, so that they compare."""
     if isinstance(x, Tensor) or type(x).__module__ == "numpy":
         return x.tolist()
-    kind = sequence or (list if isinstance(x, list) else tuple)
-    return kind(value(v, sequence) for v in x) if isinstance(x, list | tuple) else x
+    return [value(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def kept(x: Any) -> Any:
+    """Return settings to be saved: tensors, lists and tuples as they are, NumPy's numbers as plain ones."""
+    if isinstance(x, list | tuple):
+        return (list if isinstance(x, list) else tuple)(map(kept, x))
+    return x.tolist() if type(x).__module__ == "numpy" else x
+
+
+def like(x: Any, mine: Any) -> Any:
+    """Return a saved setting as a tensor where the program has one, also inside of a list or tuple: a step rounds by its type."""
+    if isinstance(x, list | tuple) and isinstance(mine, list | tuple) and len(x) == len(mine):
+        return type(x)(like(a, b) for a, b in zip(x, mine, strict=True))
+    if isinstance(mine, Tensor) and isinstance(x, Tensor | float | int):
+        return torch.as_tensor(x, dtype=mine.dtype, device=mine.device)
+    return x
