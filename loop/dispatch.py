@@ -193,8 +193,9 @@ class Dispatch:
                   share: Any = None, split: str = "train") -> None:  # fmt: skip
         """Show callbacks one micro-batch that went through."""
         size = chunk.size if chunk.size is not None else self.measure(chunk.data)
+        index = None if chunk.index is None or len(chunk.index) != size else chunk.index  # a collate_fn may leave some out
         before = self.state.micro
-        self.state.micro = MicroEnd(batch, outputs, weight, chunk.index, training, number, size, share, split)
+        self.state.micro = MicroEnd(batch, outputs, weight, index, training, number, size, share, split)
         try:
             self._run("on_micro_end")
         finally:

@@ -73,7 +73,8 @@ def samples_of(micro: MicroEnd, pictures: bool) -> Held:
             "shuffle=False, in order" if not micro.training else "a data set that has a length and is read by whole numbers"
         )
         raise ValueError(f"HardExamples needs the samples' positions in the data set ({micro.split}), which are not known here: "
-                         f"give a DataLoader with batch_size= and {remedy}") from None  # fmt: skip
+                         f"give a DataLoader with batch_size= and {remedy}; its collate_fn must leave out and add no sample"
+                         ) from None  # fmt: skip
     found = {"losses": losses.to(torch.promote_types(losses.dtype, torch.float32)),
              "positions": positions.to(losses.device, non_blocking=True)}  # fmt: skip
     seen = pictures_of(micro.batch, micro.size) if pictures else None

@@ -399,6 +399,37 @@ def test_unknown_positions_are_said_at_the_first_step() -> None:
         loop.evaluate(loss_fn, loader())
 
 
+@pytest.mark.parametrize("collate", [
+    lambda batch: torch.stack([x for x in batch if x[0] % 5]),  # what can't be read is left out
+    lambda batch: torch.cat([torch.stack(batch)] * 2),  # two views of each
+])  # fmt: skip
+@pytest.mark.parametrize("cut", [
+    list, lambda: [GradientAccumulation(2)], lambda: [DynamicBatchSize(3, 3)], lambda: [MicroBatch(2)],
+])  # fmt: skip
+def test_a_batch_of_other_samples_than_were_drawn_names_no_wrong_ones(collate: Any, cut: Any) -> None:
+    seen: list[tuple[Any, list[float]]] = []
+
+    class See(Callback):
+        def on_micro_end(self, state: State) -> None:
+            assert state.micro is not None
+            seen.append((state.micro.index, state.micro.batch[:, 0].tolist()))
+
+    def run(watch: Callback) -> None:
+        model = nn.Linear(1, 1)
+        batches = DataLoader(list(torch.arange(25.0)[:, None]), 5, shuffle=True, collate_fn=collate)
+        Loop(model, adamw(model), [Seed(0), *cut(), watch]).fit(hold_position, batches, epochs=1)
+
+    run(See())
+    assert any(index is None for index, _ in seen)
+    assert all(index is None or index == held for index, held in seen)
+    with pytest.raises(ValueError, match=r"\(train\), which are not known here.* collate_fn must leave out and add no sample"):
+        run(HardExamples(3))
+
+
+def hold_position(model: nn.Module, batch: Any) -> Any:
+    return {"loss": model(batch).mean(), "losses": batch[:, 0]}
+
+
 class Backwards(BatchSampler):
     """Batches by an order of its own, as one that joins samples of about one length."""
 
