@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..loop.batch import move
 from ..loop.callback import Callback
 from ..loop.checks import flag
 from ..loop.state import State
+from .metric_parts import fed, held, joined, put_back
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -53,7 +50,7 @@ class Metrics(Callback):
     def on_fit_start(self, state: State) -> None:
         """Have a restored epoch's values reported."""
         for name, metric in self.training.items():
-            if metric.update_count:
+            if fed(metric):
                 state.log(f"train_{name}", metric.compute)
 
     def on_micro_end(self, state: State) -> None:
@@ -89,32 +86,16 @@ class Metrics(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training's metrics hold of the epoch."""
-        return {name: [dict(m.metric_state), m.update_count] for name, m in self.training.items()}
+        return {name: held(metric) for name, metric in self.training.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        for name, (held, count) in state.items():
+        """Take it back; raises ValueError for a metric that is missing here, or made of others."""
+        for name, saved in state.items():
             if (metric := self.training.get(name)) is None:
                 raise ValueError(f"the checkpoint holds the training metric {name!r}; give it, with training=True")
-            for key, value in move(held, metric.device).items():
-                setattr(metric, key, value)
-            metric._update_count = count  # compute warns where nothing was ever fed
+            put_back(repr(name), metric, saved)
 
     def joined(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
         """Return what training's metrics hold of all ranks, for the first; the others begin with nothing."""
-        found: dict[str, Any] = {}
-        for name, metric in self.training.items():
-            if parts := [state[name] for state in states if name in state]:
-                held = {key: together(f"{name!r}, whose {key}", [part[0][key] for part in parts], reduce)
-                        for key, reduce in metric._reductions.items()}  # fmt: skip
-                found[name] = [held if first else copy.deepcopy(metric._defaults), sum(part[1] for part in parts)]
-        return found
-
-
-def together(what: str, parts: list[Any], reduce: Any) -> Any:
-    """Return a metric's state over all ranks; raises ValueError for one that could not be told from a single rank's."""
-    if isinstance(parts[0], list):
-        return [x for part in parts for x in part]
-    if getattr(reduce, "__name__", "") not in ("dim_zero_sum", "dim_zero_max", "dim_zero_min"):
-        raise ValueError(f"another number of ranks can't take up the training metric {what} is no sum; resume with as many")
-    return reduce(torch.stack(parts))
+        saved = {name: [state[name] for state in states if name in state] for name in self.training}
+        return {name: joined(repr(name), self.training[name], each, first) for name, each in saved.items() if each}

@@ -10,6 +10,7 @@ import torch
 from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
+from torchmetrics.wrappers import LambdaInputTransformer, Running
 
 from hookloop.callbacks import Checkpoint, GradientAccumulation, Metrics, MicroBatch, Seed
 from hookloop.loop import Callback, Loop, State
@@ -122,6 +123,39 @@ def test_training_metric_survives_a_resume(tmp_path: Path) -> None:
         return state.metrics["train_acc"], state.metrics["train_auroc"]
 
     assert run(tmp_path / "a", 7) == run(tmp_path / "b", 2, 5, 7)
+
+
+def made() -> dict[str, Any]:
+    return {
+        "of_two": 100 * (MulticlassAccuracy(3) + MulticlassF1Score(3)) / 2,
+        "wrapped": LambdaInputTransformer(MulticlassAccuracy(3), transform_target=lambda target: 2 - target),
+        "window": Running(MulticlassAccuracy(3), 3),
+    }
+
+
+def test_metrics_made_of_metrics_survive_a_resume(tmp_path: Path) -> None:
+    """Their state lies in the metrics inside them, and a window's place in a number beside it."""
+
+    def run(folder: Path, *ends: int) -> Any:
+        for end in ends:
+            seed, model = Seed(1), net(seed=1)
+            callbacks = [seed, Metrics(made(), training=True), Checkpoint(folder)]
+            state = built_in(Loop(model, adamw(model), callbacks, resume=folder), loss_fn, loader(), loader(), steps=end)
+        return [state.metrics[f"train_{name}"] for name in made()]
+
+    assert run(tmp_path / "a", 7) == run(tmp_path / "b", 2, 5, 7)
+
+
+def test_what_a_checkpoint_holds_of_a_training_metric_is_of_the_same_metric(tmp_path: Path) -> None:
+    fed, mine = (Metrics({"acc": MulticlassAccuracy(3)}, training=True) for _ in range(2))
+    fed.training["acc"].update(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 0]))
+    metric = fed.training["acc"]
+    mine.load_state_dict({"acc": [dict(metric.metric_state), metric.update_count]})  # as an older checkpoint has it
+    assert mine.training["acc"].compute() == metric.compute()
+    mine.load_state_dict(fed.state_dict())
+    other = Metrics({"acc": 100 * MulticlassAccuracy(3)}, training=True)
+    with pytest.raises(ValueError, match="'acc' is made of itself, metric_b here and of itself in the checkpoint"):
+        other.load_state_dict(fed.state_dict())
 
 
 def test_errors() -> None:

@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 from helpers import Samples, built_in, loss_fn, net
 from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MaxMetric, SumMetric
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.wrappers import Running
 
 from hookloop.callbacks import Checkpoint, Metrics, Seed
 from hookloop.loop import Callback, Loop, State
@@ -95,9 +98,30 @@ def test_rs6_training_metrics_hold_each_sample_once_whatever_the_ranks(tmp_path:
 
 def test_rs6_states_of_a_metric_are_joined_or_refused() -> None:
     mine = Metrics({"all": CatMetric()}, training=True)
-    states: list[Any] = [{"all": [{"value": [torch.tensor([float(i)])]}, 1]} for i in range(2)]
-    assert mine.joined(states, True) == {"all": [{"value": [torch.tensor([0.0]), torch.tensor([1.0])]}, 2]}
-    assert mine.joined(states, False) == {"all": [{"value": []}, 2]}
+    states: list[Any] = [{"all": {"": [{"value": [torch.tensor([float(i)])]}, {"_update_count": 1}]}} for i in range(2)]
+    both = [torch.tensor([0.0]), torch.tensor([1.0])]
+    assert mine.joined(states, True) == {"all": {"": [{"value": both}, {"_update_count": 2}]}}
+    assert mine.joined(states, False) == {"all": {"": [{"value": []}, {"_update_count": 2}]}}
+    before: list[Any] = [{"all": [{"value": [torch.tensor([float(i)])]}, 1]} for i in range(2)]  # of an older checkpoint
+    assert mine.joined(before, True) == mine.joined(states, True)
+
+
+def test_rs6_each_metric_inside_a_metric_is_joined_by_itself() -> None:
+    make = lambda: Metrics({"of": MaxMetric() + 2 * Running(SumMetric(), 2)}, training=True)
+    ranks, mine = [make(), make()], make()
+    for i, rank in enumerate(ranks):
+        for value in (10.0 * i + 1, 10.0 * i + 2, 10.0 * i + 4):
+            rank.training["of"].update(torch.tensor(value))
+    mine.load_state_dict(mine.joined([rank.state_dict() for rank in ranks], True))
+    assert mine.training["of"].compute() == 14 + 2 * (2 + 4 + 12 + 14)
+    mine.training["of"].update(torch.tensor(100.0))  # the window goes on where the ranks' stood
+    assert mine.training["of"].compute() == 100 + 2 * (4 + 14 + 100)
+    other = make()
+    other.load_state_dict(other.joined([rank.state_dict() for rank in ranks], False))
+    assert other.state_dict()["of"]["metric_a"][0] == MaxMetric().metric_state
+    no_sum = Metrics({"of": PearsonCorrCoef() * 2}, training=True)
+    with pytest.raises(ValueError, match=r"'of', whose metric_a\.mean_x is no sum; resume with as many"):
+        no_sum.joined([no_sum.state_dict()] * 2, True)
 
 
 def stale(rank: int, world: int) -> None:

@@ -1,0 +1,81 @@
+"""What a torchmetric holds, with the metrics that it is made of: kept, put back, joined over ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..loop.batch import move
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+
+def parts(metric: Metric) -> dict[str, Metric]:
+    """Return a metric and those inside it, as in arithmetic on metrics and in wrappers, by their names there."""
+    from torchmetrics import Metric
+
+    return {name: part for name, part in metric.named_modules() if isinstance(part, Metric)}
+
+
+def counts(part: Metric) -> dict[str, int]:
+    """Return what a metric counts beside its states: how often it was fed, where in its window it stands."""
+    return {name: n for name, n in vars(part).items() if name.startswith("_") and type(n) is int}
+
+
+def fed(metric: Metric) -> bool:
+    """Tell whether anything was put in since the last reset, which leaves what arithmetic itself counts as it was."""
+    from torchmetrics.metric import CompositionalMetric
+
+    return any(any(counts(part).values()) for part in parts(metric).values() if not isinstance(part, CompositionalMetric))
+
+
+def held(metric: Metric) -> dict[str, list[Any]]:
+    """Return what a metric and those inside it hold."""
+    return {name: [dict(part.metric_state), counts(part)] for name, part in parts(metric).items()}
+
+
+def by_part(saved: Any) -> dict[str, list[Any]]:
+    """Return what was kept, also where only of the metric itself: its state, and how often it was fed."""
+    return saved if isinstance(saved, dict) else {"": [saved[0], {"_update_count": saved[1]}]}
+
+
+def put_back(what: str, metric: Metric, saved: Any) -> None:
+    """Take back what `held` gave; raises ValueError for what a metric of other parts gave."""
+    mine = parts(metric)
+    if isinstance(saved, dict) and saved.keys() != mine.keys():
+        raise ValueError(f"the training metric {what} is made of {built(mine)} here and of {built(saved)} in the checkpoint")
+    for name, (state, counted) in by_part(saved).items():
+        for key, value in {**move(state, mine[name].device), **counted}.items():
+            setattr(mine[name], key, value)
+
+
+def built(names: Any) -> str:
+    """Return the names of parts as text."""
+    return ", ".join([name or "itself" for name in names])
+
+
+def joined(what: str, metric: Metric, saved: list[Any], first: bool) -> dict[str, list[Any]]:
+    """Return what all ranks' held, for the first; the others begin with nothing."""
+    found: dict[str, list[Any]] = {}
+    every = [by_part(each) for each in saved]
+    for name, part in parts(metric).items():
+        if ranks := [each[name] for each in every if name in each]:
+            state = {key: together(f"{what}, whose {name}{name and '.'}{key}", [rank[0][key] for rank in ranks], reduce)
+                     for key, reduce in part._reductions.items()}  # fmt: skip
+            counted = {key: [rank[1][key] for rank in ranks] for key in ranks[0][1]}
+            # places in a window are those of each rank, and only how often it was fed adds up
+            numbers = {key: sum(each) if key == "_update_count" else max(each) for key, each in counted.items()}
+            found[name] = [state if first else copy.deepcopy(part._defaults), numbers]
+    return found
+
+
+def together(what: str, parts: list[Any], reduce: Any) -> Any:
+    """Return a metric's state over all ranks; raises ValueError for one that could not be told from a single rank's."""
+    if isinstance(parts[0], list):
+        return [x for part in parts for x in part]
+    if getattr(reduce, "__name__", "") not in ("dim_zero_sum", "dim_zero_max", "dim_zero_min"):
+        raise ValueError(f"another number of ranks can't take up the training metric {what} is no sum; resume with as many")
+    return reduce(torch.stack(parts))
