@@ -67,6 +67,9 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
             if may_leave and state.leaving:
                 return None
             found: dict[str, Any] = state.ranks.means(means)
+            if twice := sorted(found.keys() & state._logged.keys()):
+                raise ValueError(f"{prefix + twice[0]!r} is given twice: loss_fn returns {twice[0]!r}, and a callback, such as "
+                                 "Metrics, logs what it names so: rename one of them")  # fmt: skip
             logged = {name: computed(name, value) if callable(value) else value for name, value in state._logged.items()}
             found |= state.ranks.averaged(
                 {name: number(prefix + name, value) for name, value in logged.items()}, "ends an evaluation"

@@ -202,6 +202,9 @@ class State:
             raise TypeError(f"metrics must map names to numbers; {odd[0]!r} is no name")
         found = {name: number(name, value) for name, value in metrics.items()}
         functions = {name: value for name, value in self._logged.items() if callable(value)}
+        if twice := sorted(found.keys() & functions.keys()):
+            raise ValueError(f"{twice[0]!r} is given twice: it is reported, and a callback, such as Metrics, logs what it names "
+                             "so: rename one of them")  # fmt: skip
         for name in self.reported:
             self.metrics.pop(name, None)
         self.metrics.update(found)

@@ -270,11 +270,13 @@ def test_oo5_a_metric_counts_a_redone_step_once() -> None:
         torch.manual_seed(0)
         model = net(noise=False)
         loop = Loop(
-            model, adamw(model), [Seed(2), MicroBatch("auto"), GradientAccumulation(2), arm, Metrics(metric, training=True)]
+            model,
+            adamw(model),
+            [Seed(2), MicroBatch("auto"), GradientAccumulation(2), arm, Metrics({"acc": metric}, training=True)],
         )
         with faults:
             state = built_in(loop, arm.loss, loader(40, 8), loader(8, 8), epochs=1)
-        values.append(state.metrics["train_accuracy"])
+        values.append(state.metrics["train_acc"])
         assert faults.raised == len(faults.at)
     assert values[1:] == pytest.approx([values[0]] * 2, abs=1e-6)
 

@@ -158,6 +158,30 @@ def test_what_a_checkpoint_holds_of_a_training_metric_is_of_the_same_metric(tmp_
         other.load_state_dict(fed.state_dict())
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["loss", "acc"])
+def test_a_name_that_loss_fn_gives_too_is_an_error(form: Any, name: str) -> None:
+    def lf(model: Any, batch: Any) -> Any:
+        found = loss_fn(model, batch)
+        return {"acc": found["loss"].detach(), **found}
+
+    model = net()
+    loop = Loop(model, adamw(model), [Metrics({name: MulticlassAccuracy(3)})])
+    with pytest.raises(ValueError, match=rf"'val_{name}' is given twice: loss_fn returns '{name}', and a callback"):
+        form(loop, lf, loader(), loader(), epochs=1)
+    assert f"val_{name}" not in loop.state.metrics
+    model = net()
+    training = Metrics({name: MulticlassAccuracy(3)}, training=True)
+    loop = Loop(model, adamw(model), [training])
+    if name == "loss":
+        with pytest.raises(ValueError, match="'train_loss' is given twice: it is reported, and a callback, such as Metrics"):
+            form(loop, lf, loader(), epochs=1)
+    else:  # beside each other: what the last step gave, and the epoch's
+        metrics = form(loop, lf, loader(), epochs=1).metrics
+        assert metrics["acc"] == metrics["loss"]
+        assert 0 <= metrics["train_acc"] <= 1
+
+
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"must be a torchmetrics\.Metric, not int"):
         Metrics({"acc": 3})
