@@ -38,7 +38,7 @@ def rebuild(x: Any, parts: dict[Any, Any]) -> Any:
     if type(x) is dict:
         return parts
     if isinstance(x, list | tuple):
-        return type(x)(*parts.values()) if hasattr(x, "_fields") else type(x)(parts.values())
+        return type(x)(parts.values()) if type(x) in (list, tuple) else filled(x, [*parts.values()])
     if isinstance(x, Mapping) and not hasattr(type(x), "__setitem__"):
         return x if unchanged(dict(x), parts) else anew(type(x), parts)
     new = copy.copy(x)
@@ -66,6 +66,25 @@ def anew(kind: Any, parts: dict[Any, Any]) -> Any:
         return new if new.keys() == parts.keys() and all(new[key] is part for key, part in parts.items()) else parts
     except Exception:  # whatever a constructor of other arguments raises
         return parts
+
+
+def filled(x: Any, parts: list[Any]) -> Any:
+    """Return a list or tuple of a kind of its own that holds `parts`, around its constructor where that takes other arguments."""
+    kind = type(x)
+    try:
+        new = kind(*parts) if hasattr(x, "_fields") else kind(parts)
+        if len(new) == len(parts) and all(map(operator.is_, new, parts)):
+            return new
+    except Exception:  # whatever a constructor of other arguments raises
+        pass
+    if isinstance(x, list):
+        new = copy.copy(x)
+        new[:] = parts
+        return new
+    new = tuple.__new__(kind, parts)
+    if hasattr(x, "__dict__"):
+        vars(new).update(vars(x))
+    return new
 
 
 def walk(x: Any, leaf: Callable[[Any, str], Any], path: str = "batch") -> Any:
@@ -101,6 +120,8 @@ def length(x: Any) -> int | None:
         return x.size(0) if x.dim() else None
     if isinstance(x, list | tuple) and not isinstance(x, PackedSequence):
         return len(x)
+    if isinstance(x, Mapping):  # one with attributes may have any, or raise
+        return None
     shape = getattr(x, "shape", None)
     return int(shape[0]) if isinstance(shape, tuple) and shape else None
 

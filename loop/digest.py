@@ -218,7 +218,7 @@ def plain(x: Any) -> Any:
     if isinstance(x, Tensor):
         return plain_tensor(x)
     numpy = sys.modules.get("numpy")
-    if numpy is None or not hasattr(x, "__array_interface__"):
+    if numpy is None or not hasattr(type(x), "__array_interface__"):  # of itself a dict with attributes may have any, or raise
         return x
     if isinstance(x, numpy.ma.MaskedArray):
         return {"values": x.filled(), "mask": numpy.ma.getmaskarray(x)}

@@ -328,6 +328,50 @@ def test_dl7_mappings_that_nothing_can_be_put_into(kind: str) -> None:
     assert batch["x"].device.type == "cpu"
 
 
+class Columns(list[Any]):
+    def __init__(self, x: Any, y: Any, name: str = "") -> None:
+        super().__init__([x, y])
+        self.name = name
+
+
+class Two(tuple[Any, ...]):
+    def __new__(cls, x: Any, y: Any, name: str = "") -> Two:
+        new = super().__new__(cls, (x, y))
+        new.name = name
+        return new
+
+    name: str
+
+
+class Bare(tuple[Any, ...]):
+    __slots__ = ()
+
+    def __new__(cls, x: Any, y: Any, name: str = "") -> Bare:
+        return super().__new__(cls, (x, y))
+
+
+def test_dl7_lists_and_tuples_with_a_constructor_of_their_own() -> None:
+    for kind in (Columns, Two, Bare, lambda x, y, name: Columns(x, Two(y, y, name), name)):
+        batch = kind(tensor(5, 3), tensor(5), "it")
+        parts = [cut(batch, a, b, 5) for a, b in equal_cuts(5, 2)]
+        joined, moved = join(parts), move(batch, META)
+        for each in (*parts, joined, moved):
+            assert type(each) is type(batch)
+            assert len(each) == 2
+            assert getattr(each, "name", None) == getattr(batch, "name", None)
+        assert same(list(joined), list(batch))
+        assert torch.equal(parts[1][0], batch[0][2:4])
+        assert moved[0].device == META
+        assert batch[0].device.type == "cpu"
+
+
+def test_dl7_what_torch_returns_as_tuples_of_names_keeps_its_kind() -> None:
+    batch = torch.max(tensor(5, 3), dim=1)
+    part = cut(batch, 1, 3, 5)
+    assert type(part) is type(batch)
+    assert torch.equal(part.indices, batch.indices[1:3])
+
+
 def test_dl7_a_list_of_fields_is_no_list_of_samples() -> None:
     """A list is cut along only if none of its elements is a tensor or a container (DESIGN.md, Data)."""
     batch = [("one", "two", "three"), ("eins", "zwei", "drei")]  # what default_collate makes of pairs of strings

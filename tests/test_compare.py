@@ -387,6 +387,12 @@ class Pair(NamedTuple):
     y: Any
 
 
+class Attributes(dict[str, Any]):
+    """A dict that raises KeyError for what it has no attribute of."""
+
+    __getattr__ = dict.__getitem__
+
+
 def odd_kinds() -> dict[str, Callable[[int], Any]]:
     """Batches of eight, each another for another number."""
 
@@ -406,6 +412,7 @@ def odd_kinds() -> dict[str, Callable[[int], Any]]:
         "masked": lambda k: np.ma.masked_array(np.ones(8), np.arange(8) == k),
         "long": lambda k: np.full(8, k, dtype=np.longdouble), "raw": lambda k: np.full(8, k, dtype=np.int64).view("V8"),
         "nested dicts": lambda k: {"a": ({"b": [k]}, Pair(one(0), {"k": range(k)}))},
+        "attributes": lambda k: Attributes(x=one(k)), "list of attributes": lambda k: [Attributes(k=i + k) for i in range(8)],
         "sets": lambda k: {"a": {f"s{k}", "t"}}, "path": lambda k: Path(f"a{k}"), "huge": lambda k: 10**5000 + k,
         "csr": lambda k: one(k).to_sparse_csr(), "csc": lambda k: one(k).to_sparse_csc(),
         "bsr": lambda k: one(k).to_sparse_bsr((2, 3)), "hybrid": lambda k: one(k).to_sparse(1),
