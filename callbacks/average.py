@@ -13,7 +13,8 @@ from ..loop.callback import Callback
 from ..loop.depth import bare
 from ..loop.state import State
 from ..loop.store import Named
-from .averaged import check, check_whole, copied, first_argument, measure, take_in, to_measure
+from .averaged import check, first_argument, measure, take_in, to_measure
+from .model_copy import carried, check_whole, copied, paired, take_extra_states
 
 
 class Average(Callback):
@@ -22,8 +23,9 @@ class Average(Callback):
     `kind`: "ema", exponential with `decay`, or "swa", the mean of all since `start`; taken after each `every`-th applied
     update from update `start` on (below 1: a share of the run). `batch_norm`: "average" treats running statistics as weights,
     "measure" sends the update's last micro-batch through the averaged model by `forward(model, batch)` (`model(batch[0])`);
-    norms that are in eval mode while training, and other buffers, are copied. `model` is the averaged model, None before the
-    first; EarlyStopping keeps and restores what was validated, so averaged weights. A checkpoint holds them in `state.pt`, as
+    norms in eval mode while training, other buffers and modules' extra states are copied; plain attributes stay as they were
+    at the first, so what is annealed belongs into a buffer. `model` is the averaged model, None before the first; EarlyStopping
+    keeps and restores what was validated, so averaged weights. A checkpoint holds them in `state.pt`, as
     `["callbacks"]["Average"]["model"]`: its `model.pt` is what trains on. Raises ValueError for bad settings and unknown ends.
     (Polyak and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)
     """
@@ -94,9 +96,12 @@ class Average(Callback):
             return
         first, model = self._named is None, bare(state.model)
         average = (self._named or self._make(state)).model
+        if (pairs := paired(average, model)) is None:  # pruned, say
+            pairs = carried(average, average := self._make(state).model, model)
         norms = to_measure(average, model) if self.batch_norm == "measure" else []
         if not first:
-            take_in(self._average, average, model, self.count, norms)
+            take_in(self._average, average, pairs, self.count, norms)
+            take_extra_states(average, model)
         self.count += 1
         state.log("averaged", self.count)
         if norms and (batch is not None or state.loader is None):  # a rank without data measures nothing

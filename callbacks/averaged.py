@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..loop import rng
 from ..loop.checks import among, share, whole
 from ..loop.state import State
-from ..loop.wrapped import sharded
+from .model_copy import Pairs
 
 Take = Callable[[list[Tensor], list[Tensor], int], Any]
 
@@ -34,37 +32,6 @@ def check(kind: str, decay: float, start: float, every: int, batch_norm: str, fo
                         f"beside {batch_norm!r}")  # fmt: skip
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse a model that can't be copied."""
-    if sharded(model):
-        raise ValueError("Average would copy the model, and torch copies none that fully_shard cut up: share it with "
-                         "DistributedDataParallel, or leave Average out")  # fmt: skip
-
-
-class Detached(TorchFunctionMode):
-    """Has `copy.deepcopy` copy what torch refuses to: tensors that a forward computed, without their graph."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model, also of one that keeps what a forward computed (`self.hidden = ...`)."""
-    with Detached():
-        return copy.deepcopy(model)
-
-
-def regrow(average: nn.Module, model: nn.Module) -> None:
-    """Replace the average's buffers whose place in the model holds another shape now, or was empty, or is."""
-    for mine, theirs in zip(average.modules(), model.modules(), strict=True):
-        for name, x in theirs._buffers.items():
-            if getattr(mine._buffers.get(name), "shape", None) != getattr(x, "shape", None):
-                kept = name not in theirs._non_persistent_buffers_set
-                mine.register_buffer(name, x if x is None else x.detach().clone(), kept)
-
-
 def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:
     """Return the average's norms that keep statistics, but for those that are frozen in training, in eval mode there."""
     both = zip(average.modules(), model.modules(), strict=True)
@@ -72,18 +39,16 @@ def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def take_in(take: Take, average: nn.Module, model: nn.Module, count: int, measured: list[nn.Module]) -> None:
-    """Take a model's parameters and running statistics into an average of `count`; other buffers are copied.
+def take_in(take: Take, average: nn.Module, pairs: Pairs, count: int, measured: list[nn.Module]) -> None:
+    """Take a model's parameters and running statistics into an average of `count`, by pairs; other buffers are copied.
 
     They may hold infinities, as a mask does, whose mean with themselves is NaN, or grow, as positions do. What `measured`
     norms hold is left alone.
     """
-    if [x.shape for x in tensors(average)] != [x.shape for x in tensors(model)]:
-        regrow(average, model)
     left = {id(x) for norm in measured for x in norm.buffers(recurse=False)}
     norms = [m for m in average.modules() if getattr(m, "running_mean", None) is not None]
     means = {id(x) for x in average.parameters()} | {id(x) for norm in norms for x in norm.buffers(recurse=False)}
-    both = [(a, b) for a, b in zip(tensors(average), tensors(model), strict=True) if id(a) not in left]
+    both = [(a, b) for a, b in pairs if id(a) not in left]
     mean = [(a, b) for a, b in both if id(a) in means and (a.is_floating_point() or a.is_complex())]
     take([a for a, _ in mean], [b for _, b in mean], count)
     done = {id(a) for a, _ in mean}
@@ -104,11 +69,6 @@ def measure(
             forward(average, batch)
     finally:
         average.eval()
-
-
-def tensors(model: nn.Module) -> list[Tensor]:
-    """Return a model's parameters and buffers."""
-    return [*model.parameters(), *model.buffers()]
 
 
 def first_argument(model: nn.Module, batch: Any) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import FORMS, KillAt, Killed, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torch import nn
+from torch.nn.utils import prune
 
 from hookloop.callbacks import Average, Checkpoint, EarlyStopping, GradientAccumulation, MicroBatch, NonFinite, Seed, Unfreeze
 from hookloop.loop import Callback, Loop, State
@@ -260,6 +261,82 @@ def test_what_a_model_computes_and_regrows(kind: str) -> None:
         w = one["body.0.weight"]
         expected = 0.5 * expected + 0.5 * w if kind == "ema" else expected + (w - expected) / (count + 1)
     assert torch.allclose(average.model.state_dict()["body.0.weight"], expected)
+
+
+class Prunes(Callback):
+    """Prunes by torch's own function, in the middle of a run, which renames a parameter; `undo` makes that permanent."""
+
+    def __init__(self, undo: bool) -> None:
+        self.undo = undo
+
+    def on_epoch_end(self, state: State) -> None:
+        if state.epoch == 1:
+            prune.l1_unstructured(state.model[0], "weight", 0.5)
+        elif state.epoch == 2 and self.undo:
+            prune.remove(state.model[0], "weight")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_a_model_that_is_pruned_in_the_run_is_validated_pruned(kind: str, undo: bool, bias: bool) -> None:
+    """By name: by place, square layers without a bias mix up in silence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3))
+    average, weights = Average(kind, decay=0.5), Weights()
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [Prunes(undo), average, weights])
+    with (
+        pytest.warns(UserWarning, match=r"of the model's parameters 0\.weight_orig came and 0\.weight went"),
+        pytest.warns(UserWarning, match=r"0\.weight came and 0\.weight_orig went") if undo else contextlib.nullcontext(),
+    ):
+        loop.fit(lambda model, b: nn.functional.cross_entropy(model(b[0]), b[1]), loader(40, 8), loader(8, 8), epochs=4)
+    assert average.model is not None
+    assert loop.state.eval_model is average.model
+    held = dict(average.model.state_dict())
+    assert held.keys() == model.state_dict().keys()
+    if not undo:
+        assert int((model[0].weight == 0).sum()) == 18
+        assert torch.equal(average.model[0].weight == 0, model[0].weight == 0)  # type: ignore[index]
+    expected = weights.seen[0]
+    for count, one in enumerate(weights.seen[1:], 1):
+        before = {name: expected.get(name, x) for name, x in one.items()}
+        expected = {name: 0.5 * (before[name] + x) if kind == "ema" else before[name] + (x - before[name]) / (count + 1)
+                    for name, x in one.items()}  # fmt: skip
+    for name in held:
+        assert torch.allclose(held[name], expected[name], atol=1e-6), name
+
+
+class Tempered(nn.Module):
+    """A temperature that is no buffer, and a tensor beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.extra = net(seed=5), {"heat": 1.0, "seen": torch.zeros(1)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) / self.extra["heat"]
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_extra_states_of_modules_are_copied_along() -> None:
+    class Anneal(Callback):
+        def on_step_start(self, state: State) -> None:
+            state.model.extra["heat"] = 0.9**state.step
+            state.model.extra["seen"] += 1
+
+        def on_step_end(self, state: State) -> None:
+            assert average.model is None or average.model.extra is not state.model.extra
+
+    model, average = Tempered(), Average(decay=0.5, every=2)
+    state = Loop(model, adamw(model), [Anneal(), average]).fit(loss_fn, loader(40, 8), loader(8, 8), epochs=2)
+    assert average.model is not None
+    assert state.step == 10
+    assert average.model.extra == model.extra == {"heat": 0.9**9, "seen": torch.tensor([10.0])}
 
 
 def test_what_a_frozen_norm_keeps_is_not_measured() -> None:
