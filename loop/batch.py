@@ -209,6 +209,23 @@ def measure(data: Any, weigh: Callable[[Any], Any] | None, by: Size = size) -> i
                     "cut=fn(batch, start, stop)")  # fmt: skip
 
 
+def in_doubt(batch: Any, measure: Callable[[Any], int]) -> str | None:
+    """Return what to say of a batch whose first tensor seems to be one sample among others beside it; None of any other."""
+    kids = children(batch) or {}
+    firsts = {key: next((x for _, x in leaves(kid) if isinstance(x, Tensor) and x.dim()), None) for key, kid in kids.items()}
+    key, first = next(((key, x) for key, x in firsts.items() if x is not None), (None, None))
+    held = kids.get(key)
+    if first is None or not isinstance(held, list | tuple) or hasattr(held, "_fields") or len(held) == first.size(0):
+        return None
+    n, count = int(first.size(0)), len(held)
+    beside = (k for k, x in kids.items() if k != key and length(x) == count and any(length(v) != n for _, v in leaves(x)))
+    if (other := next(beside, None)) is None or measure(batch) != n:
+        return None
+    return (f"a batch counts as {n} samples, which is the first dimension of its first tensor, but that lies in batch[{key!r}], "
+            f"which holds {count}, as batch[{other!r}] does: if these are the samples, give Loop(..., size=fn(batch)), and "
+            "where batches are to be cut cut=fn(batch, start, stop)")  # fmt: skip
+
+
 def counted(by: Callable[[Any], int]) -> Size:
     """Return a user's `size`, whose answers are whole numbers."""
 

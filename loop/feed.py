@@ -184,7 +184,9 @@ class Feed:
         return self.failed or (isinstance(error, RuntimeError) and reading.died(error, self._source))
 
     def _look_at(self, data: Any) -> None:
-        """Warn of workers that all give the same; of the first batch a reference is kept until the second is there."""
+        """Warn of samples miscounted, and of workers that all give the same: the first batch is kept until the second is there."""
+        if self.read == 0 and (text := batches.in_doubt(data, self._measure)):
+            log.warning(text)
         first, self._first = self._first, data if self.read == 0 else None
         if self.read == 1 and first is not None and (text := reading.unsharded(self.loader, first, data)):
             log.warning(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from hookloop.loop import Callback, Loop
-from hookloop.loop.batch import cut, equal_cuts, join, move, size
+from hookloop.loop.batch import cut, equal_cuts, in_doubt, join, move, size
 
 META = torch.device("meta")
 
@@ -651,6 +652,50 @@ def test_samples_that_lie_elsewhere(form: Any, kind: str) -> None:
     carried = Cuts(batch=10)  # and without a cut such parts are not joined along anything else
     assert torch.allclose(run([data[:4], data[4:10], data[10:14], data[14:]], carried, size=size)[0], whole, rtol=1e-12, atol=0)
     assert [s for s, _, _ in carried.seen] == [4, 6] * 4
+
+
+IMAGES = [torch.zeros(3, 4 + i, 5) for i in range(4)]  # of other sizes, so that no tensor holds all
+BOXES = [{"boxes": torch.zeros(1 + i, 4)} for i in range(4)]
+
+
+@pytest.mark.parametrize("batch", [
+    (tuple(IMAGES), tuple(BOXES)), [IMAGES, BOXES], (IMAGES, [0, 1, 2, 1]), (IMAGES, tensor(4)), (IMAGES, list("abcd")),
+    {"id": 7, "images": IMAGES, "targets": BOXES}, Example(IMAGES, BOXES), Pair([{"image": x} for x in IMAGES], BOXES),
+    (IMAGES, np.zeros(4)),
+])  # fmt: skip
+def test_samples_in_a_list_of_tensors_are_in_doubt(batch: Any) -> None:
+    text = in_doubt(batch, size)
+    assert text is not None
+    assert re.search(
+        r"counts as 3 samples.* lies in batch\[(0|'images'|'x')\], which holds 4, as batch\[(1|'targets'|'y')\]", text
+    )
+    assert "size=fn(batch)" in text
+    assert "cut=fn(batch, start, stop)" in text
+    assert in_doubt(batch, lambda batch: 4) is None
+
+
+@pytest.mark.parametrize("batch", [
+    tensor(5, 3), (tensor(5, 3), tensor(5)), [tensor(2, 3), tensor(2)], {"x": tensor(5), "n": [1, 2]}, "text", [], None,
+    [[tensor(5, 3), tensor(5, 2)], [tensor(5), tensor(5)]],  # what default_collate makes of pairs of pairs
+    [[tensor(5, 3), tensor(5, 2)], [("a",) * 5, ("b",) * 5]], [[tensor(8, 3), tensor(8, 2)], tensor(8)],
+    ([tensor(5, 3)] * 8, tensor(5)), (Pair(tensor(5), tensor(5)), [1, 2]), (IMAGES[:3], BOXES[:3]), IMAGES,
+    (tensor(4, 3), BOXES), (pack_sequence([tensor(3), tensor(2)]), tensor(2)),
+])  # fmt: skip
+def test_other_batches_are_in_no_doubt(batch: Any) -> None:
+    assert in_doubt(batch, lambda batch: size(batch) or 0) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_in_doubt_are_warned_of_once(form: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def loss(model: Any, batch: Any) -> Any:
+        return torch.stack([model(x.mean((1, 2))).sum() for x in batch[0]]).mean()
+
+    data = [(tuple(IMAGES), tuple(BOXES))] * 3
+    for more, count in (({}, 1), ({"size": lambda batch: len(batch[0])}, 0)):
+        caplog.clear()
+        model = nn.Linear(3, 2)
+        form(Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), **more), loss, data, epochs=2)
+        assert caplog.text.count("a batch counts as 3 samples") == count
 
 
 @pytest.mark.parametrize("answer", [None, 2.0, -1, True, "8"])
