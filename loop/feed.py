@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,13 +14,13 @@ from . import reading
 from .checks import refuse
 from .chunk import Chunk, fresh, joined, own, piece
 from .order import Order, dealt, tell_epoch
+from .reading import log
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
 from .shape import SAID, convertible, dropped, misfit, says_where, shape
 from .store import plain
 
 END = object()
-log = logging.getLogger("hookloop")
 
 
 class Feed:
@@ -44,7 +43,6 @@ class Feed:
         self._ahead: list[Any] = []
         self._first: Any = None
         self._stateful = self._ended = self._lied = False
-        self._length: int | None = None  # of an epoch, in loader batches, as it was planned with
         self._kept: tuple[Any, bool] | None = None  # a stateful loader's own state, and whether its epoch had ended
         self._before = 0, 0
         self._streams: list[torch.Generator] = []
@@ -65,7 +63,7 @@ class Feed:
             self._stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         if not isinstance(loader, Iterator):
             self._shape = shape(loader)
-        self._length = reading.batches_of(loader)
+        self._length = reading.batches_of(loader)  # as the run is planned with
         if batched and loader.num_workers and not getattr(loader, "in_order", True):
             log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
                         "resumed inside an epoch may repeat samples and miss others; leave in_order out")  # fmt: skip
