@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..loop.depth import bare
 from ..loop.state import State
 from ..loop.store import Named
 from .averaged import check, first_argument, measure, take_in, to_measure
-from .model_copy import carried, check_whole, copied, paired, take_extra_states
+from .model_copy import carried, check_whole, copied, fits, paired
 
 
 class Average(Callback):
@@ -69,11 +68,10 @@ class Average(Callback):
 
     def _go_on(self, state: State) -> None:
         saved, self._saved = self._saved, None
-        if saved is not None and (amiss := Named(state.model, state.optimizer).model_misfits(saved)):  # with strict=False
-            warnings.warn(f"Average begins anew, since what it saved does not fit: {'; '.join(amiss.values())}", stacklevel=2)
-            self.count = 0
-        elif saved is not None:
+        if saved is not None and fits(Named(state.model, state.optimizer).model_misfits(saved)):
             self._make(state).load_model(saved)
+        elif saved is not None:
+            self.count = 0
 
     def _make(self, state: State) -> Named:
         self.model = state.eval_model = copied(bare(state.model)).requires_grad_(False).eval()
@@ -100,15 +98,12 @@ class Average(Callback):
             pairs = carried(average, average := self._make(state).model, model)
         norms = to_measure(average, model) if self.batch_norm == "measure" else []
         if not first:
-            take_in(self._average, average, pairs, self.count, norms)
-            take_extra_states(average, model)
+            take_in(self._average, average, model, pairs, self.count, norms)
         self.count += 1
         state.log("averaged", self.count)
         if norms and (batch is not None or state.loader is None):  # a rank without data measures nothing
             if batch is None:
-                raise ValueError(
-                    "Average saw no micro-batch of this update, as around your own loop: take batch_norm='average'"
-                )
+                raise ValueError("Average saw no micro-batch of this update, as around your loop: take batch_norm='average'")
             measure(state, self.forward, average, norms, batch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..loop import rng
 from ..loop.checks import among, share, whole
 from ..loop.state import State
-from .model_copy import Pairs
+from .model_copy import Pairs, take_extra_states
 
 Take = Callable[[list[Tensor], list[Tensor], int], Any]
 
@@ -39,8 +39,8 @@ def to_measure(average: nn.Module, model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def take_in(take: Take, average: nn.Module, pairs: Pairs, count: int, measured: list[nn.Module]) -> None:
-    """Take a model's parameters and running statistics into an average of `count`, by pairs; other buffers are copied.
+def take_in(take: Take, average: nn.Module, model: nn.Module, pairs: Pairs, count: int, measured: list[nn.Module]) -> None:
+    """Take a model's parameters and running statistics into an average of `count`, by pairs; all else is copied.
 
     They may hold infinities, as a mask does, whose mean with themselves is NaN, or grow, as positions do. What `measured`
     norms hold is left alone.
@@ -55,6 +55,7 @@ def take_in(take: Take, average: nn.Module, pairs: Pairs, count: int, measured: 
     for a, b in both:
         if id(a) not in done:
             a.copy_(b)
+    take_extra_states(average, model)
 
 
 @torch.no_grad()

@@ -38,6 +38,13 @@ def copied(x: Kind) -> Kind:
         return copy.deepcopy(x)
 
 
+def fits(amiss: dict[str, str]) -> bool:
+    """Tell whether nothing is amiss with a saved copy; warn of what is, as `strict=False` allows."""
+    if amiss:
+        warnings.warn(f"Average begins anew, since what it saved does not fit: {'; '.join(amiss.values())}", stacklevel=3)
+    return not amiss
+
+
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's parameters and buffers."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -145,7 +145,7 @@ class Feed:
             chunk, self.left = self._measured(self.left), None
             if offset < (chunk.size or 0):  # else all of it was used: the last one, which may be short, of another size
                 self.offset = offset
-                self._put_back(chunk, offset)
+                self.left = piece(chunk, offset, chunk.size or 0, self.cut)
 
     def _read_forward(self, count: int) -> None:
         """Read what the run has used already, and leave it out."""
@@ -253,11 +253,8 @@ class Feed:
             wanted -= take
             self.offset = self.offset + take if take < (chunk.size or 0) else 0
             if self.offset:
-                self._put_back(chunk, take)
+                self.left = piece(chunk, take, chunk.size or 0, self.cut)
         return parts
-
-    def _put_back(self, chunk: Chunk, start: int) -> None:
-        self.left = piece(chunk, start, chunk.size or 0, self.cut)
 
     def _measured(self, chunk: Chunk | None) -> Chunk:
         assert chunk is not None
@@ -266,7 +263,8 @@ class Feed:
     @property
     def busy(self) -> bool:
         """Whether another iterator of the loader would disturb training's, or what the loader says of its place."""
-        return getattr(self.loader, "persistent_workers", False) or (self._stateful and not self.over)
+        persistent = getattr(self.loader, "persistent_workers", False)
+        return persistent or (self._stateful and self._opened is self.loader and not self.over)
 
     @property
     def over(self) -> bool:

@@ -55,21 +55,24 @@ def build(function: Callable[..., Any], state: State, since: int, first: dict[Te
         put(group, {"lr": first.get(group["params"][0], group["lr"])})
     # what LayerwiseRate wrote, or a checkpoint brought: CyclicLR gives `lr` where it begins, and torch keeps an initial_lr there is
     ours = bool(first or state.layer_rates)
+    orders = [[*group] for group in groups]
     firsts = [group.pop("initial_lr", None) if ours else None for group in groups]
     try:
         return told(total, function, state.optimizer, total)
     except KeyError:  # one that goes on, by last_epoch=, asks for it
-        put_last(groups, firsts)
+        put_first(groups, firsts, orders)
         return told(total, function, state.optimizer, total)
     finally:
-        put_last(groups, firsts)
+        put_first(groups, firsts, orders)
 
 
-def put_last(groups: list[Group], firsts: list[Any]) -> None:
-    """Give each group the initial_lr that it lacks, behind all else: a resumed run's checkpoints have the same order."""
-    for group, first in zip(groups, firsts, strict=True):
-        if (now := group.pop("initial_lr", first)) is not None:
-            group["initial_lr"] = now
+def put_first(groups: list[Group], firsts: list[Any], orders: list[list[str]]) -> None:
+    """Give each group the initial_lr that it lacks, and its settings in the order of before, as a checkpoint has them."""
+    for group, first, order in zip(groups, firsts, orders, strict=True):
+        if (now := group.get("initial_lr", first)) is not None:
+            found = {**group, "initial_lr": now}
+            group.clear()
+            group.update({name: found[name] for name in [*order, *found] if name in found})
 
 
 def settings(scheduler: Any) -> dict[str, Any]:

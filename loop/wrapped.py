@@ -160,8 +160,8 @@ def own_buffers(state: State, given: dict[str, Any]) -> dict[str, Any]:
         n: b.detach() for n, b in state.model.named_buffers() if not hasattr(b, "device_mesh") and not (alike and n in kept)
     }
     own = {n: b for n, b in found.items() if n in kept or (dense(b) and not (n in given and torch.equal(b.cpu(), given[n])))}
-    clean, emptied = cleaner(state.model), {n: None for n in given if n not in dict(state.model.named_buffers())}
-    return {clean(n): b for n, b in {**own, **emptied}.items()}
+    clean, here = cleaner(state.model), {n for n, _ in state.model.named_buffers()}
+    return {clean(n): b for n, b in {**own, **{n: None for n in given if n not in here}}.items()}
 
 
 def load_buffers(state: State, saved: dict[str, Any], skip: Container[str] = ()) -> None:

@@ -347,7 +347,7 @@ def test_what_a_frozen_norm_keeps_is_not_measured() -> None:
 
 def test_around_a_loop_there_is_no_batch_to_measure_with() -> None:
     model = net()
-    with pytest.raises(ValueError, match="saw no micro-batch of this update, as around your own loop"), \
+    with pytest.raises(ValueError, match="saw no micro-batch of this update, as around your loop"), \
             Loop(model, adamw(model), [Average(batch_norm="measure")]) as loop, loop.updating():  # fmt: skip
         loop.state.optimizer.step()
     Loop(model := net(noise=False), adamw(model), [Average(batch_norm="measure")]).fit(loss_fn, loader(8, 8), epochs=1)

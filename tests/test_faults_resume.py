@@ -294,8 +294,15 @@ def test_rs3_a_stateful_loader_is_not_evaluated_on_inside_its_epoch() -> None:
     train, _ = stateful()
     with pytest.raises(ValueError, match=r"training loader can't be evaluated on while .* its own state_dict says"):
         make(None).fit(loss_fn, train, train, epochs=2, validate_every=2)
-    train, _ = stateful()
-    loop = make(None).fit(loss_fn, train, train, epochs=2)  # at an epoch's end it may
+
+    class Before(Callback):
+        def on_epoch_start(self, state: State) -> None:
+            found.append(run.evaluate(loss_fn, train)["val_loss"])
+
+    train, found = stateful()[0], list[float]()
+    run = make(None, Before())
+    loop = run.fit(loss_fn, train, train, epochs=2)  # before it begins, and at its end, it may
+    assert len(found) == 2
     assert (loop.step, "val_loss" in loop.metrics) == (12, True)
 
 

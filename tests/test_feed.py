@@ -760,7 +760,7 @@ class Endless:
 
 
 LENGTHLESS = {
-    "stream": lambda: DataLoader(ToldStream(), 4),
+    "stream": lambda: DataLoader(Stream(), 4),
     "stream in workers": lambda: DataLoader(Stream(), 4, num_workers=2),
     "stream of batches": lambda: DataLoader(Endless(), batch_size=None),
     "iterable": Endless,
@@ -1016,7 +1016,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "subclass": lambda: Generated(Samples(21), 4, shuffle=True),
     "subclass, persistent": lambda: Generated(Samples(21), 4, shuffle=True, num_workers=1, persistent_workers=True),
     "batches": lambda: DataLoader(Batches(21 * 2, 2), batch_size=None, shuffle=True),
-    "stream": lambda: DataLoader(ToldStream(), 4),
+    "stream": lambda: DataLoader(Stream(), 4),
     "list": by_fours,
 }
 
@@ -1141,7 +1141,7 @@ def test_extent() -> None:
     assert extent(DataLoader(Samples(21), batch_sampler=Shuffled(21, 4))) == (6, 21)
     assert extent(by_fours()) == (6, 21)
     assert extent(Endless()) == (None, None)
-    assert extent(DataLoader(ToldStream(), 4)) == (None, None)
+    assert extent(DataLoader(Stream(), 4)) == (None, None)
     assert extent(batch for batch in by_fours()) == (None, None)
     assert extent(DataLoader(Batches(), batch_size=None))[0] == 10
 
