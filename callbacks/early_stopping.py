@@ -48,7 +48,11 @@ class EarlyStopping(Callback):
         self._last: tuple[dict[str, Any], torch.nn.Module | None] | None = None  # of training, and what was validated
         self._broken: str | None = None
 
-    def on_fit_start(self, state: State) -> None:
+    def on_setup(self, state: State) -> None:
+        """Have a restored run's verdict stand before its data are asked for."""
+        state.at_enter.append(functools.partial(self._enter, state))
+
+    def _enter(self, state: State) -> None:
         """Say again what a restored or finished run had decided."""
         self._go_on(state)
         named = Named(state.model, state.optimizer)
@@ -86,13 +90,13 @@ class EarlyStopping(Callback):
 
     def on_fit_end(self, state: State) -> None:
         """Leave with the best weights."""
+        state.at_enter.append(functools.partial(self._enter, state))
         if self.restore_best and self._best is not None and self._last is None:
             self._last, state.eval_model = (copy_of(state), state.eval_model), None  # the best is what is evaluated now
             Named(state.model, state.optimizer).load_model(self._best)
-            state.at_enter.append(functools.partial(self._go_on, state))
 
     def _go_on(self, state: State) -> None:
-        """Train on from the last weights: from the first forward of a loop of the user's own, which no hook comes before."""
+        """Train on from the last weights."""
         if self._last is not None:
             weights, state.eval_model = self._last
             Named(state.model, state.optimizer).load_model(weights)

@@ -45,7 +45,7 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
     modes = [(module, module.training) for module in model.modules()]
     seed = None if state.seed is None else derive(state.seed, "validation", state.step, state.rank)
     means: dict[str, Mean] = {}
-    if loop.feed.loader is loader and loop.feed.busy:
+    if loop.feed.loader is loader and not loop.feed.lends():
         raise ValueError("the training loader can't be evaluated on while its persistent workers serve training, or its own "
                          "state_dict says where training stands; give a loader of its own over the same data")  # fmt: skip
     outer, state._logged, state._evaluating = state._logged, {}, True

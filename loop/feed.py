@@ -11,13 +11,12 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from . import batch as batches
 from . import reading
-from .checks import refuse
 from .chunk import Chunk, fresh, joined, own, piece
-from .order import Order, dealt, tell_epoch
+from .order import Order, dealt, told
 from .reading import log
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
-from .shape import SAID, convertible, dropped, misfit, says_where, shape
+from .shape import fit, says_where, shape
 from .store import plain
 
 END = object()
@@ -27,14 +26,14 @@ class Feed:
     """Reads a loader batch by batch; what a step leaves of one is kept for the next (`left`)."""
 
     def __init__(self, cut: batches.Cut | None, measure: Callable[[Any], int], strict: bool) -> None:
-        self.cut, self._measure, self._strict, self.epoch, self.read, self.offset = cut, measure, strict, -1, 0, 0
+        self.cut, self._measure, self.strict, self.epoch, self.read, self.offset = cut, measure, strict, -1, 0, 0
         self.left: Chunk | None = None
         self.again: list[Chunk] = []  # what a step took that was never updated
         self.loader: Any = None
         self.order: Order | None = None
         self._opened: Any = None
         self._source: Iterator[Any] = iter(())
-        self._shape: dict[str, Any] = {}
+        self.shape: dict[str, Any] = {}
         self._promised: dict[str, Any] = {}  # the shape of the checkpoint's run
         self.ranks, self.rereads = 1, False  # under several ranks a position holds no data that can be read again
         self.begun = 0  # samples of this epoch that another number of ranks used, all of theirs together
@@ -42,9 +41,10 @@ class Feed:
         self.failed = False  # the error that is on its way came from reading
         self._ahead: list[Any] = []
         self._first: Any = None
-        self._stateful = self._ended = self._lied = False
+        self.stateful = self._ended = self._lied = False
         self._kept: tuple[Any, bool] | None = None  # a stateful loader's own state, and whether its epoch had ended
         self._before = 0, 0
+        self._length: int | None = None  # of an epoch in batches, as the loader says
         self._streams: list[torch.Generator] = []
         self._base = 0
 
@@ -53,16 +53,16 @@ class Feed:
         if loader is self.loader:
             return
         self.detach()
-        self.loader, self._shape = loader, {}
-        self._stateful = False
+        self.loader, self.shape = loader, {}
+        self.stateful = False
         batched = isinstance(loader, DataLoader)
         mapped = batched and not isinstance(loader.dataset, IterableDataset)
         if mapped or (batched and loader.num_workers):
             self.order = Order(loader, mapped)
         if not mapped and not isinstance(loader, Iterator):
-            self._stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+            self.stateful = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
         if not isinstance(loader, Iterator):
-            self._shape = shape(loader)
+            self.shape = shape(loader)
         self._length = reading.batches_of(loader)  # as the run is planned with
         if batched and loader.num_workers and not getattr(loader, "in_order", True):
             log.warning("DataLoader(in_order=False) gives batches as its workers end: no two runs are the same, and one "
@@ -70,8 +70,8 @@ class Feed:
 
     def detach(self) -> None:
         """Let the loader go, with its workers; an iterator, which can't be begun again, is kept."""
-        if self._stateful and self._opened is self.loader:
-            self._kept = self.loader.state_dict(), self._ended
+        if self.stateful and self._opened is self.loader:
+            self._kept = self._own_state(), self._ended
         if self.order is not None:
             self.order.close()
         if self.failed and not getattr(self.loader, "persistent_workers", False):
@@ -88,26 +88,13 @@ class Feed:
         promised, self._promised = self._promised, {}
         inside = self.epoch == epoch
         check_dealer(self.loader, rank, self.ranks, self.begun if inside and not self._ended else 0)
-        if promised and self._shape and (inside or self.constant):
-            if odd := misfit(promised, self._shape, inside):
-                refuse(odd, self._strict)
-            elif inside and promised.get("size", here := self._shape.get("size")) != here:
-                self._fit(promised.get("size"), here)
+        if promised and self.shape and (inside or self.constant):
+            fit(self, promised, inside)
         if not inside:
             self.epoch, self.read, self.left, self.offset, self.again, self.begun = epoch, 0, None, 0, [], 0
         elif self._opened is self.loader and isinstance(self.loader, Iterator):
             return  # a used iterator goes on by itself
         self._start(epoch, seed, rank, seeds_samples, device)
-
-    def _fit(self, size: int | None, here: int | None) -> None:
-        """Take a position in a loader of `size` samples a batch to one of another size."""
-        if size is None or here is None or not convertible(self.loader, self._stateful):
-            refuse(SAID["size"].format(here) + f" here and {size} in the checkpoint's run", self._strict)
-            return
-        if odd := dropped(self.loader, self._shape["drawn"], size, here):
-            refuse(odd, self._strict)
-        used, held = (self.read - (self.left is not None)) * size + self.offset, self._shape["drawn"]
-        (self.read, self.offset), self.left = divmod(used if held is None else min(used, held), here), None
 
     def _start(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
         self._opened, self._ahead, offset, read = self.loader, [], self.offset, self.read
@@ -116,14 +103,14 @@ class Feed:
             self._source = iter(())
             return
         (kept, ended), self._kept, self._ended = self._kept or (None, False), None, False
-        goes_on = self._stateful and says_where(kept) and (ended or bool(read))
+        # what an ended epoch left behind would hold that one's number, where the loader was told this one's
+        goes_on = self.stateful and says_where(kept) and (bool(read) or (ended and not told(self.loader)))
         if goes_on:
             self.loader.load_state_dict(kept)
             if ended and read:
                 self._source, self._kept, self._ended = iter(()), (kept, True), True  # the next epoch begins with it
                 return
         with isolated(device, key := derive(seed, "loader", epoch, rank)):
-            tell_epoch(self.loader, epoch)
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
                 seeds_samples = seeds_samples or self.loader.num_workers > 0 or self.rereads
@@ -134,7 +121,7 @@ class Feed:
                 self._source = self._reading(iter, self.loader)
                 if not (goes_on and read):
                     # one that goes on by its own state draws its order in `iter`, and is not seeded again
-                    seed_streams(key if self._stateful else derive(seed, "first", epoch, rank), generators(device))
+                    seed_streams(key if self.stateful else derive(seed, "first", epoch, rank), generators(device))
                     self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
         if self.order is None or not self.order.skips:
             if seeds_samples and self.order is None and not isinstance(self.loader, list | tuple):  # which may draw here
@@ -260,16 +247,26 @@ class Feed:
         assert chunk is not None
         return chunk if chunk.size is not None else Chunk(chunk.data, chunk.index, self._measure(chunk.data))
 
-    @property
-    def busy(self) -> bool:
-        """Whether another iterator of the loader would disturb training's, or what the loader says of its place."""
-        persistent = getattr(self.loader, "persistent_workers", False)
-        return persistent or (self._stateful and self._opened is self.loader and not self.over)
+    def lends(self) -> bool:
+        """Let an evaluation iterate the loader; tell whether that leaves training's iterator and its place as they are."""
+        if self.stateful and self._opened is self.loader:
+            if not self.over:
+                return False
+            self._kept = self._own_state(), True  # the next epoch goes on from here
+        return not getattr(self.loader, "persistent_workers", False)
+
+    def _own_state(self) -> Any:
+        return self.loader.state_dict() if self._kept is None else self._kept[0]
 
     @property
     def over(self) -> bool:
         """Whether all of the epoch was used."""
         return self._ended and self.left is None and not self.again
+
+    @property
+    def used_up(self) -> bool:
+        """Whether all was used, also where nobody has tried to read on, as in a checkpoint of the last update."""
+        return self.over or (self.read == self._length and self.left is None and not self.again)
 
     @property
     def empty(self) -> str | None:
@@ -286,13 +283,13 @@ class Feed:
         if again or not plain(kept):
             read, kept = read - 1, None  # it is read again, and its used samples left out
         passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
-        own_state = self.loader.state_dict() if self._stateful and self._opened is self.loader and not passed else None
-        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self._shape, "left": kept,
-                "loader": own_state, "ended": self._ended, "begun": self.begun}  # fmt: skip
+        own_state = self._own_state() if self.stateful and self._opened is self.loader and not passed else None
+        return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self.shape, "left": kept,
+                "loader": own_state, "ended": self._ended, "begun": self.begun, "length": self._length}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""
         self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
-        self.begun, self._ended = state.get("begun", 0), state.get("ended", False)
+        self.begun, self._ended, self._length = state.get("begun", 0), state.get("ended", False), state.get("length")
         self._kept = None if state.get("loader") is None else (state["loader"], state["ended"])

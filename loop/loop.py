@@ -28,6 +28,7 @@ from .saves import log
 from .state import State
 from .step import Step
 from .update import Updates
+from .wants import decide
 
 
 class Loop(Updates):
@@ -111,9 +112,10 @@ class Loop(Updates):
 
     @property
     def _may_validate(self) -> bool:
-        """Whether a run that its `steps=` end is entered inside an epoch, whose validation may have been cut off."""
+        """Whether a run that its `steps=` end is entered at the very end of an epoch, whose validation may have been cut off."""
         state = self.state
-        return not (self._phase or state.leaving or state.stop_reason) and self.feed.epoch == state.epoch
+        cut_off = not (self._phase or state.leaving or state.stop_reason) and self.feed.epoch == state.epoch
+        return cut_off and all(row[0] for row in decide(state, "ends an epoch", self.feed.used_up))
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """Yield the steps of one epoch, each with one update's data, to end with `loop.update()`; a break ends the epoch."""

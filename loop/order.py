@@ -213,11 +213,16 @@ def own_generators(owners: Iterable[Any]) -> list[torch.Generator]:
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
+def told(loader: Any) -> list[Any]:
+    """Return what of a loader asks to be told the epoch (`set_epoch`): itself, its samplers, its data set."""
+    every = [] if isinstance(loader, Iterator) else owners(loader, getattr(loader, "batch_sampler", None))
+    return [owner for owner in every if callable(getattr(owner, "set_epoch", None))]
+
+
 def tell_epoch(loader: Any, epoch: int) -> None:
-    """Tell a loader, its samplers and its data set the epoch, where they ask for it (`set_epoch`)."""
-    for owner in [] if isinstance(loader, Iterator) else owners(loader, getattr(loader, "batch_sampler", None)):
-        if callable(getattr(owner, "set_epoch", None)):
-            owner.set_epoch(epoch)
+    """Tell it."""
+    for owner in told(loader):
+        owner.set_epoch(epoch)
 
 
 @contextlib.contextmanager

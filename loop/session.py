@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from . import batch as batches
 from . import rng
-from .alike import as_longest, check_alike, check_apart, given
+from .alike import as_longest, check_alike, given
 from .around import check_around
 from .callback import Callback
 from .checks import autocast_context, check_loader, check_optimizer, check_parameters, flag, refuse, say, whole
 from .chunk import Chunk
 from .dispatch import check, note, table
+from .epoch import announce, open_data
 from .exchange import follow
 from .feed import Feed
 from .forward import Forward
-from .guards import back_to_train, check_noise, check_trained, modes_of, to_train
+from .guards import check_noise, check_trained, modes_of, to_train
 from .mean import Mean
 from .plan import count_steps, update_samples
 from .ranks import Ranks
@@ -210,31 +211,10 @@ class Session(Saves, Forward):
         self._check_closed()
         if self._phase:
             raise RuntimeError("a second loop.steps in one epoch: each loop.epochs gives one pass over the loader")
-        state, feed = self.state, self.feed
-        if feed.epoch != state.epoch:
+        if self.feed.epoch != self.state.epoch:
             self.train_loss = Mean()
-        state.loader = loader
-        if self.rng_to_restore is not None:
-            rng.restore(self.rng_to_restore, state.device)
-            self.rng_to_restore = None
-        if self.modes and not state.model.training:  # first, so that what a hook now changes stands
-            back_to_train(self)
-        self._run("on_epoch_start")  # before workers, or a batch read ahead, hold what it changes in the data
-        self.modes = modes_of(state.model) or self.modes
-        feed.attach(loader)
-        with rng.isolated(state.device):  # reaching the position draws numbers
-            feed.open(state.epoch, self.seed or 0, state.rank, state.seed is not None, state.device)
-        if self._end[0] is not None:
-            feed.check_length()
-        check_trained(self)
-        if state.ranks.together:
-            check_shared(state)
-        if empty := self._read_unless_leaving(lambda: feed.empty, None):
-            raise ValueError(empty)
-        if state.ranks.together:
-            more = self._read_unless_leaving(feed.more, True)
-            self._more = any(row[0] for row in decide(state, "begins a pass over its data", more))
-            check_apart(self)
+        announce(self, loader)  # before workers, or a batch read ahead, hold what it changes in the data
+        open_data(self, loader)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         problems: list[BaseException] = []

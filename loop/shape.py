@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from .checks import refuse
 from .order import dealer, length
+
+if TYPE_CHECKING:
+    from .feed import Feed
 
 SAID = {
     "data": "the data set holds {} samples",
@@ -44,6 +48,24 @@ def standard(loader: DataLoader[Any]) -> bool:
     """Tell whether batches are what the sampler gives, cut in order."""
     kind = type(loader.batch_sampler)
     return issubclass(kind, BatchSampler) and kind.__module__.split(".")[0] in ("torch", "torchdata")
+
+
+def fit(feed: Feed, promised: dict[str, Any], inside: bool) -> None:
+    """Refuse a loader of another shape than that of a checkpoint's run; take a position to one of another batch size."""
+    size, here = promised.get("size"), feed.shape.get("size")
+    if odd := misfit(promised, feed.shape, inside):
+        refuse(odd, feed.strict)
+    elif "size" not in promised or size == here:
+        return
+    elif size is None or here is None or not convertible(feed.loader, feed.stateful):
+        if inside:
+            refuse(SAID["size"].format(here) + f" here and {size} in the checkpoint's run", feed.strict)
+    else:
+        if odd := dropped(feed.loader, feed.shape["drawn"], size, here):
+            refuse(odd, feed.strict)
+        if inside:
+            used, held = (feed.read - (feed.left is not None)) * size + feed.offset, feed.shape["drawn"]
+            (feed.read, feed.offset), feed.left = divmod(used if held is None else min(used, held), here), None
 
 
 def convertible(loader: Any, stateful: bool) -> bool:

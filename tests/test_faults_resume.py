@@ -306,6 +306,67 @@ def test_rs3_a_stateful_loader_is_not_evaluated_on_inside_its_epoch() -> None:
     assert (loop.step, "val_loss" in loop.metrics) == (12, True)
 
 
+class Seating:
+    """A loader that says where it stands, and begins anew once it has given all."""
+
+    def __init__(self) -> None:
+        self.at, self.batches = 0, list(DataLoader(Samples(40), 4))
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_rs3_a_stateful_loader_whose_evaluation_is_broken_off(again: bool, tmp_path: Path) -> None:
+    """At an epoch's end: what the loader then says of its place is the evaluation's, and no concern of training's."""
+
+    def leaving(model: Any, batch: Any) -> Any:
+        if not model.training and loop.state.epoch == 0 and batch[2][0] >= 20:
+            loop.state.leave("enough")
+        return loss_fn(model, batch)
+
+    (expected := make(None, log := Log())).fit(loss_fn, train := Seating(), train, epochs=2)  # type: ignore[arg-type]
+    (loop := make(tmp_path)).fit(leaving, train := Seating(), train, epochs=2)  # type: ignore[arg-type]
+    assert (loop.state.step, loop.state.reported_at, train.at) == (10, -1, 7)
+    if not again:
+        loop, train = make(tmp_path, log2 := Log()), Seating()
+    loop.fit(loss_fn, train, train, epochs=2)  # type: ignore[arg-type]
+    assert_same_bits(bits(expected), bits(loop))
+    assert again or log2.samples == {step: rows for step, rows in log.samples.items() if step >= 10}
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_rs3_a_hook_that_draws_where_an_epoch_begins(seed: int | None, tmp_path: Path) -> None:
+    """Inside an epoch its draws move no stream of training's; with a seed what it draws is the same too, as an order of data."""
+
+    class Draws(Callback):
+        def on_epoch_start(self, state: State) -> None:
+            drawn[state.epoch] = (random.random(), float(torch.rand(())))
+
+    drawn: dict[int, Any] = {}
+    torch.manual_seed(0)
+    expected = make(None, Draws(), seed=seed)
+    built_in(expected, loss_fn, loader(), epochs=2)
+    whole = {**drawn}
+    for kill in (3, 9):
+        torch.manual_seed(0)
+        killed(tmp_path / str(kill), kill, loader(), Draws(), seed=seed)
+        torch.manual_seed(1)
+        drawn.clear()
+        built_in(loop := make(tmp_path / str(kill), Draws(), seed=seed), loss_fn, loader(), epochs=2)
+        assert_same_bits(bits(expected), bits(loop))
+        assert seed is None or drawn == {epoch: whole[epoch] for epoch in range(kill > 8, 2)}
+
+
 def test_rs3_a_plain_iterable_is_read_forward(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected, train = make(None), Bare()
     built_in(expected, loss_fn, Bare(), epochs=2)
@@ -708,11 +769,14 @@ def test_rs4_another_loader_batch_that_drops_other_samples(tmp_path: Path) -> No
     def cut(size: int) -> DataLoader[Any]:
         return DataLoader(Samples(17), size, drop_last=True)
 
-    killed(tmp_path, 3, cut(4), DynamicBatchSize(4, 4))
+    killed(tmp_path / "a", 3, cut(4), DynamicBatchSize(4, 4))
     with pytest.raises(ValueError, match=r"drop_last=True.* batches of 6 holds 12 samples here, and 16, of batches of 4, in"):
-        built_in(make(tmp_path, DynamicBatchSize(4, 4)), loss_fn, cut(6), epochs=2)
-    built_in(loop := make(tmp_path, DynamicBatchSize(4, 4)), loss_fn, cut(8), epochs=2)
+        built_in(make(tmp_path / "a", DynamicBatchSize(4, 4)), loss_fn, cut(6), epochs=2)
+    built_in(loop := make(tmp_path / "a", DynamicBatchSize(4, 4)), loss_fn, cut(8), epochs=2)
     assert loop.state.samples == 32
+    killed(tmp_path / "b", 5, cut(4), DynamicBatchSize(4, 4))  # at an epoch's start
+    with pytest.raises(ValueError, match=r"drop_last=True.* batches of 6 holds 12 samples here, and 16, of batches of 4, in"):
+        built_in(make(tmp_path / "b", DynamicBatchSize(4, 4)), loss_fn, cut(6), epochs=2)
 
 
 def test_rs4_a_program_that_brings_each_epoch_a_loader_of_another_batch_size(tmp_path: Path) -> None:
@@ -916,6 +980,46 @@ def test_rs9_a_run_finished_by_steps(form: Any, tmp_path: Path) -> None:
     longer = make(tmp_path, every=None)
     form(longer, loss_fn, loader(), steps=12)
     assert_same_bits(bits(expected), bits(longer))
+
+
+def test_rs9_a_run_finished_by_steps_reads_nothing_more(tmp_path: Path) -> None:
+    """Neither forward to where it stands nor a batch of it, and the program's own body has no turn."""
+
+    class Endless:
+        read = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            for batch in itertools.cycle(list(DataLoader(Samples(40), 8))):
+                self.read += 1
+                yield batch
+
+    for expected in ((20, [(0, 20)]), (0, [])):
+        seen, train = list[Any](), Endless()
+        with (loop := make(tmp_path)):
+            for epoch in loop.epochs(steps=20):
+                for step in loop.steps(train):
+                    for micro in step:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+                seen.append((epoch, loop.state.step))
+        assert (max(train.read - 1, 0), seen) == expected  # a batch is read ahead
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs9_a_run_that_stopped_early_reads_nothing_more(form: Any, tmp_path: Path) -> None:
+    class Epochs(Callback):
+        def on_epoch_start(self, state: State) -> None:
+            begun.append(state.epoch)
+
+    begun, kept = list[int](), list[Any]()
+    for _ in range(2):
+        loop = make(tmp_path, EarlyStopping(patience=1, min_delta=9.0), Epochs(), every=None)
+        form(loop, loss_fn, train := loader(), loader(20), epochs=9)
+        kept.append([loop.state.step, loop.state.stop_reason, files(tmp_path)])
+        assert bool(train.dataset.read) == (len(kept) == 1)
+    assert begun == [0, 1]
+    assert kept[0] == kept[1]
 
 
 def dies_in_validation(step: int) -> Any:

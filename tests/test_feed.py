@@ -6,6 +6,7 @@ import copy
 import itertools
 import multiprocessing
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from torch.utils.data import (
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
     get_worker_info,
 )
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hookloop.callbacks import Checkpoint, GradientAccumulation, Seed, Warmup
 from hookloop.loop import Callback, Loop, State
@@ -320,11 +323,65 @@ class Stage(Callback):
         state.loader.dataset.stage = state.epoch
 
 
+class ToldOther(Staged):
+    """Told the epoch by the Loop, it would give another stage than the hook then says."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stage = 50 + epoch
+
+
+class PlacedStream(ToldStream):
+    """It says where it stands, and in which epoch."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.at < 20:
+            self.at += 1
+            yield self.held[((self.at - 1) * 3 + self.epoch) % 20]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at, self.epoch = state["at"], state["epoch"]
+
+
+class Placed:
+    """A loader that says where it stands; to tell it the epoch begins it anew."""
+
+    def __init__(self) -> None:
+        self.stream = PlacedStream()
+        self.state_dict, self.load_state_dict = self.stream.state_dict, self.stream.load_state_dict
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stream.epoch, self.stream.at = epoch, 0
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[Any]:
+        source = iter(self.stream)
+        while rows := list(itertools.islice(source, 4)):
+            yield default_collate(rows)
+
+
+def stateful(workers: int) -> DataLoader[Any]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return StatefulDataLoader(PlacedStream(), 4, num_workers=workers)
+
+
 BY_EPOCH: dict[str, tuple[Callable[[], DataLoader], list[type[Callback]]]] = {
     "a hook's": (lambda: DataLoader(Staged(20), 4, shuffle=True), [Stage]),
     "a hook's, workers": (lambda: DataLoader(Staged(20), 4, shuffle=True, num_workers=1), [Stage]),
     "set_epoch, workers that persist": (
         lambda: DataLoader(ToldStage(20), 4, shuffle=True, num_workers=1, persistent_workers=True), []),
+    "the last word is a hook's": (lambda: DataLoader(ToldOther(20), 4, shuffle=True), [Stage]),
+    "a stream that says where it stands": (lambda: stateful(0), []),
+    "a stream that says where it stands, workers": (lambda: stateful(1), []),
+    "a stream that is a loader, and begins anew when told": (Placed, []),
     "a stream": (lambda: DataLoader(ToldStream(), 4), []),
     "a stream, workers that persist": (lambda: DataLoader(ToldStream(), 4, num_workers=1, persistent_workers=True), []),
 }  # fmt: skip

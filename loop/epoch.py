@@ -1,0 +1,53 @@
+"""Where an epoch begins: the loader is told, callbacks hear of it, and data are brought to where the run stands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import rng
+from .alike import check_apart
+from .guards import back_to_train, check_trained, modes_of
+from .order import tell_epoch
+from .wants import decide
+from .wrapped import check_shared
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def announce(loop: Session, loader: Any) -> None:
+    """Tell the loader its epoch, then callbacks, whose word stands; what either draws is the same in a resumed run with a seed."""
+    state, restored, inside = loop.state, loop.rng_to_restore, loop.feed.epoch == loop.state.epoch
+    key = rng.derive(loop.seed or 0, "epoch", state.epoch)  # one for all ranks, which may order their data here
+    state.loader, loop.rng_to_restore = loader, None
+    if restored is not None:
+        rng.restore(restored, state.device)
+    if loop.modes and not state.model.training:  # first, so that what a hook now changes stands
+        back_to_train(loop)
+    with rng.isolated(state.device, key):
+        tell_epoch(loader, state.epoch)
+    if loop.streams is not None:
+        rng.seed_streams(key, loop.streams.generators)
+    loop._run("on_epoch_start")
+    if inside and restored is not None:  # what hooks drew here now, they had drawn before these were saved
+        rng.restore(restored, state.device)
+    loop.modes = modes_of(state.model) or loop.modes
+
+
+def open_data(loop: Session, loader: Any) -> None:
+    """Bring the loader to where the run stands, and look whether it gives anything."""
+    state, feed = loop.state, loop.feed
+    feed.attach(loader)
+    with rng.isolated(state.device):  # reaching the position draws numbers
+        feed.open(state.epoch, loop.seed or 0, state.rank, state.seed is not None, state.device)
+    if loop._end[0] is not None:
+        feed.check_length()
+    check_trained(loop)
+    if state.ranks.together:
+        check_shared(state)
+    if empty := loop._read_unless_leaving(lambda: feed.empty, None):
+        raise ValueError(empty)
+    if state.ranks.together:
+        more = loop._read_unless_leaving(feed.more, True)
+        loop._more = any(row[0] for row in decide(state, "begins a pass over its data", more))
+        check_apart(loop)
