@@ -151,15 +151,14 @@ class Feed:
 
     def _reading(self, act: Callable[..., Any], *given: Any) -> Any:
         """Return act(*given); an error in it says what was read."""
-        drawn = self.order.drawn if self.order is not None else ()
         try:
             found = act(*given)
             # torch's own iterator ends with nothing drawn: what is drawn was being read when it ended
-            if found is END and drawn and isinstance(self._source, _BaseDataLoaderIter):
+            if found is END and self.order is not None and self.order.drawn and isinstance(self._source, _BaseDataLoaderIter):
                 raise RuntimeError(reading.STOPPED)
             return found
         except Exception as error:
-            self.failed = True
+            self.failed, drawn = True, self.order.drawn if self.order is not None else ()
             known = drawn[0] if drawn and getattr(self.loader, "in_order", True) else None
             reading.explain(error, self.loader, self._source, f"loader batch {self.read} of epoch {self.epoch}", known)
             raise
@@ -178,17 +177,23 @@ class Feed:
 
     def more(self) -> bool:
         """Tell whether a sample is left in this epoch; reads at most one loader batch ahead."""
-        if self.left is None and not self.again and not self._ended and (data := self._next()) is not END:
-            index = self.order.drawn.popleft() if self.order is not None and self.order.drawn else None
-            known = isinstance(index, list | tuple) and getattr(self.loader, "in_order", True)
-            self.left, self.read, self.offset = Chunk(data, list(index) if known else None), self.read + 1, 0  # type: ignore[arg-type]
-        elif self.left is None and not self.again and not self._ended:
+        if self.left is not None or self.again:
+            return True
+        if not self._ended and (data := self._next()) is not END:
+            index = None
+            if self.order is not None and self.order.drawn:
+                drawn = self.order.drawn.popleft()
+                known = isinstance(drawn, list | tuple) and getattr(self.loader, "in_order", True)
+                index = list(drawn) if known else None
+            self.left, self.read, self.offset = Chunk(data, index), self.read + 1, 0
+            return True
+        if not self._ended:
             self._ended = True
-            drawn = self.order.total if self.order is not None and self.order.skips else None
+            total = self.order.total if self.order is not None and self.order.skips else None
             with dealt(None if self.order is None else self.order.dealer, self.begun):
                 text = reading.miscounted(self.loader, self.read)
-            self._warn(text and f"{text}: {reading.OFF}", reading.reshaped(self.loader, self.read, drawn))
-        return self.left is not None or bool(self.again)
+            self._warn(text and f"{text}: {reading.OFF}", reading.reshaped(self.loader, self.read, total))
+        return False
 
     def check_length(self) -> None:
         """Warn of a loader that, told of the epoch, has another length than a run of so many epochs was planned with."""
@@ -207,16 +212,19 @@ class Feed:
             again, self.again = self.again, []
             return again
         self._before, left = (self.read, self.offset), self.left
-        if batch_size is None and accumulate == 1 and left is not None:
-            self.left, self.offset = None, 0
-            return [left]
+        found: list[Chunk] = []
         try:
-            return self._gather(batch_size, accumulate)
+            if batch_size is not None:
+                return self._cut_to(batch_size, accumulate)
+            while len(found) < accumulate and self.more():  # loader batches as they are
+                found.append(self.left)  # type: ignore[arg-type]
+                self.left, self.offset = None, 0
+            return found
         except BaseException:
             (self.read, self.offset), self.left = self._before, left  # entered again, the run reads them again
             raise
 
-    def _gather(self, batch_size: int | None, accumulate: int) -> list[Chunk]:
+    def _cut_to(self, batch_size: int, accumulate: int) -> list[Chunk]:
         found: list[Chunk] = []
         for _ in range(accumulate):
             parts = joined(self._take(batch_size), self.cut)
@@ -226,14 +234,10 @@ class Feed:
             found += parts
         return found
 
-    def _take(self, wanted: int | None) -> list[Chunk]:
+    def _take(self, wanted: int) -> list[Chunk]:
         parts: list[Chunk] = []
-        while wanted != 0 and self.more():
-            chunk, self.left = self.left, None
-            if wanted is None:
-                self.offset = 0
-                return [chunk]  # type: ignore[list-item]
-            chunk = self._measured(chunk)
+        while wanted and self.more():
+            chunk, self.left = self._measured(self.left), None
             take = min(wanted, chunk.size or 0)
             parts.append(piece(chunk, 0, take, self.cut))
             parts[-1].part = bool(self.offset) or take < (chunk.size or 0)

@@ -74,6 +74,8 @@ def as_now(value: Tensor) -> Tensor:
 
 def singles(outputs: dict[str, Any]) -> dict[str, Any]:
     """Return the outputs that are one number, without their graph."""
+    if len(outputs) == 1:
+        return {"loss": as_now(outputs["loss"])}
     found = {}
     for name, value in outputs.items():
         if isinstance(value, Tensor):

@@ -89,7 +89,8 @@ class Saves(Dispatch):
 
     def _settle(self, applied: bool) -> bool:
         """Return whether the update was applied; where it was left out, put back what may have to be."""
-        self.sample()
+        if self.callbacks:
+            self.sample()
         applied = applied and self.state.settle()
         if not applied and self.state.keep_buffers and self.snapshot is not None:
             self.snapshot.put_back_buffers()

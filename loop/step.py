@@ -44,12 +44,13 @@ class Eager:
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
         scaled = loss if scaler is None else scaler.scale(loss)
-        given = loop.constant(factor, loss)
-        if factor is None or isinstance(factor, Tensor) or factor:
-            scaled.backward(given)
+        if factor is None:
+            scaled.backward()
+        elif isinstance(factor, Tensor) or factor:
+            scaled.backward(loop.constant(factor, loss))
         else:
             with silenced(loss, loop.state.model):
-                scaled.backward(given)
+                scaled.backward(loop.constant(factor, loss))
         return outputs
 
     def update(self, loop: Session) -> None:
@@ -127,8 +128,9 @@ class Micro:
         if error is None:
             if self.outputs is not None:
                 watched = bool(step.loop.hooks["on_micro_end"]) and not self.stand_in and step.back_to is None
-                if watched or not self._last:  # else loop.update() looks next
+                if watched:  # else the next micro-batch, or loop.update(), looks
                     step.check_untouched()
+                if watched or not self._last:
                     step.hold()
                 if watched:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
@@ -234,10 +236,13 @@ class Step:
 
     def hold(self) -> None:
         """Remember a gradient as this micro-batch left it."""
-        groups = self.loop.state.optimizer.param_groups
-        p = self._held[0] if self._held else next((p for g in groups for p in g["params"] if p.grad is not None), None)
-        if p is not None and p.grad is not None:
-            self._held = p, p.grad, p.grad._version
+        if self._held is None:
+            groups = self.loop.state.optimizer.param_groups
+            p = next((p for g in groups for p in g["params"] if p.grad is not None), None)
+        else:
+            p = self._held[0]
+        if p is not None and (grad := p.grad) is not None:
+            self._held = p, grad, grad._version
 
     def check_untouched(self, between: bool = False) -> None:
         """Raise RuntimeError where someone else cleared or changed this step's gradients, or ran the optimizer."""
@@ -269,12 +274,11 @@ class Step:
         if len(done) == 1:
             return done[0].outputs or {}
         outputs, means = [micro.outputs or {} for micro in done], dict[str, Any]()
-        weights = [micro.weight for micro in done]
-        shares = [w / self.weight for w in weights]
+        shares = [micro.weight / self.weight for micro in done]
         for name in dict.fromkeys(itertools.chain.from_iterable(outputs)):
             gave, by = [one[name] for one in outputs if name in one], shares
             if len(gave) < len(done):  # the mean over those that gave it
-                mine = [w for one, w in zip(outputs, weights, strict=True) if name in one]
+                mine = [micro.weight for one, micro in zip(outputs, done, strict=True) if name in one]
                 by = [w / sum(mine) for w in mine]
             means[name] = weighted(gave, by)
         return means
