@@ -20,21 +20,30 @@ def parts(metric: Metric) -> dict[str, Metric]:
     return {name: part for name, part in metric.named_modules() if isinstance(part, Metric)}
 
 
-def counts(part: Metric) -> dict[str, int]:
-    """Return what a metric counts beside its states: how often it was fed, where in its window it stands."""
-    return {name: n for name, n in vars(part).items() if name.startswith("_") and type(n) is int}
+def counts(metric: Metric) -> dict[str, dict[str, int]]:
+    """Return the private whole numbers of a metric and those inside it: what they count, and what they were given."""
+    return {
+        name: {key: n for key, n in vars(part).items() if key.startswith("_") and type(n) is int}
+        for name, part in parts(metric).items()
+    }
 
 
 def fed(metric: Metric) -> bool:
     """Tell whether anything was put in since the last reset, which leaves what arithmetic itself counts as it was."""
     from torchmetrics.metric import CompositionalMetric
 
-    return any(any(counts(part).values()) for part in parts(metric).values() if not isinstance(part, CompositionalMetric))
+    return any(part._update_count for part in parts(metric).values() if not isinstance(part, CompositionalMetric))
 
 
-def held(metric: Metric) -> dict[str, list[Any]]:
-    """Return what a metric and those inside it hold."""
-    return {name: [dict(part.metric_state), counts(part)] for name, part in parts(metric).items()}
+def held(metric: Metric, given: dict[str, dict[str, int]]) -> dict[str, list[Any]]:
+    """Return what a metric and those inside it hold, how often each was fed, and where in its window it stands.
+
+    `given`: their `counts` before; one that is as it was then may be a setting, which the program gives.
+    """
+    now = counts(metric)
+    return {name: [dict(part.metric_state), {key: n for key, n in now[name].items()
+                                             if key == "_update_count" or n != given.get(name, {}).get(key)}]
+            for name, part in parts(metric).items()}  # fmt: skip
 
 
 def by_part(saved: Any) -> dict[str, list[Any]]:
@@ -42,13 +51,13 @@ def by_part(saved: Any) -> dict[str, list[Any]]:
     return saved if isinstance(saved, dict) else {"": [saved[0], {"_update_count": saved[1]}]}
 
 
-def put_back(what: str, metric: Metric, saved: Any) -> None:
-    """Take back what `held` gave; raises ValueError for what a metric of other parts gave."""
+def put_back(what: str, metric: Metric, saved: Any, given: dict[str, dict[str, int]]) -> None:
+    """Take back what `held` gave, beside what they were `given`; raises ValueError for what a metric of other parts gave."""
     mine = parts(metric)
     if isinstance(saved, dict) and saved.keys() != mine.keys():
         raise ValueError(f"the training metric {what} is made of {built(mine)} here and of {built(saved)} in the checkpoint")
     for name, (state, counted) in by_part(saved).items():
-        for key, value in {**move(state, mine[name].device), **counted}.items():
+        for key, value in {**move(state, mine[name].device), **given.get(name, {}), **counted}.items():
             setattr(mine[name], key, value)
 
 
@@ -65,7 +74,7 @@ def joined(what: str, metric: Metric, saved: list[Any], first: bool) -> dict[str
         if ranks := [each[name] for each in every if name in each]:
             state = {key: together(f"{what}, whose {name}{name and '.'}{key}", [rank[0][key] for rank in ranks], reduce)
                      for key, reduce in part._reductions.items()}  # fmt: skip
-            counted = {key: [rank[1][key] for rank in ranks] for key in ranks[0][1]}
+            counted = {key: [rank[1][key] for rank in ranks if key in rank[1]] for one in ranks for key in one[1]}
             # places in a window are those of each rank, and only how often it was fed adds up
             numbers = {key: sum(each) if key == "_update_count" else max(each) for key, each in counted.items()}
             found[name] = [state if first else copy.deepcopy(part._defaults), numbers]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..loop.callback import Callback
 from ..loop.checks import flag
 from ..loop.state import State
-from .metric_parts import fed, held, joined, put_back
+from .metric_parts import counts, fed, held, joined, put_back
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -40,6 +40,7 @@ class Metrics(Callback):
         self.validation: dict[str, Any] = {name: metric.clone() for name, metric in named.items()}
         self.training: dict[str, Any] = {name: metric.clone() for name, metric in named.items()} if training else {}
         self.optional = () if training else ("on_step_end", "on_epoch_end")
+        self._given = {name: counts(metric) for name, metric in self.training.items()}
         self._seen, self._of = list[tuple[Any, Any]](), -1  # of which try of an update
 
     def on_setup(self, state: State) -> None:
@@ -86,14 +87,14 @@ class Metrics(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what training's metrics hold of the epoch."""
-        return {name: held(metric) for name, metric in self.training.items()}
+        return {name: held(metric, self._given[name]) for name, metric in self.training.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back; raises ValueError for a metric that is missing here, or made of others."""
         for name, saved in state.items():
             if (metric := self.training.get(name)) is None:
                 raise ValueError(f"the checkpoint holds the training metric {name!r}; give it, with training=True")
-            put_back(repr(name), metric, saved)
+            put_back(repr(name), metric, saved, self._given[name])
 
     def joined(self, states: list[dict[str, Any]], first: bool) -> dict[str, Any]:
         """Return what training's metrics hold of all ranks, for the first; the others begin with nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 from torchmetrics.wrappers import LambdaInputTransformer, Running
 
@@ -144,6 +144,50 @@ def test_metrics_made_of_metrics_survive_a_resume(tmp_path: Path) -> None:
         return [state.metrics[f"train_{name}"] for name in made()]
 
     assert run(tmp_path / "a", 7) == run(tmp_path / "b", 2, 5, 7)
+
+
+class Times(Metric):
+    """The mean of the predicted classes times a setting that is kept in a private number, as a count is."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self._k, self._batches = k, 7
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        self.total += preds.argmax(1).sum() * self._k
+        self._batches += 1
+
+    def compute(self) -> torch.Tensor:
+        return self.total / self._batches
+
+    def reset(self) -> None:
+        super().reset()
+        self._batches = 0
+
+
+def test_a_metrics_setting_is_the_programs_and_its_count_the_checkpoints(tmp_path: Path) -> None:
+    def run(k: int, end: int) -> Metrics:
+        seed, model = Seed(1), net(seed=1)
+        metrics = Metrics({"times": Times(k)}, training=True)
+        loop = Loop(model, adamw(model), [seed, metrics, Checkpoint(tmp_path)], resume=tmp_path)
+        built_in(loop, loss_fn, loader(), steps=end)  # of 7 updates an epoch
+        return metrics
+
+    assert run(5, 3).state_dict()["times"][""][1] == {"_update_count": 3, "_batches": 10}
+    assert vars(run(2, 5).training["times"]).items() >= {"_k": 2, "_update_count": 5, "_batches": 12}.items()
+    assert vars(run(2, 7).training["times"]).items() >= {"_k": 2, "_update_count": 0, "_batches": 0}.items()
+    assert run(3, 9).state_dict()["times"][""][1] == {"_update_count": 2, "_batches": 2}
+
+
+def test_a_metric_that_was_never_fed_reports_nothing() -> None:
+    model = net()
+    with Loop(model, adamw(model), [Metrics({"times": Times(5)}, training=True)]) as loop:
+        loop.epochs(1)
+        loop.begin(loader())
+        loop.validate(loss_fn, loader())  # as a program that resumes does where one was due
+        assert "val_times" in loop.state.metrics
+        assert "train_times" not in loop.state.metrics
 
 
 def test_what_a_checkpoint_holds_of_a_training_metric_is_of_the_same_metric(tmp_path: Path) -> None:

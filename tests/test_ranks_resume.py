@@ -119,6 +119,10 @@ def test_rs6_each_metric_inside_a_metric_is_joined_by_itself() -> None:
     other = make()
     other.load_state_dict(other.joined([rank.state_dict() for rank in ranks], False))
     assert other.state_dict()["of"]["metric_a"][0] == MaxMetric().metric_state
+    ranks[0] = make()  # one that was fed nothing stands in no window
+    mine = make()
+    mine.load_state_dict(mine.joined([rank.state_dict() for rank in ranks], True))
+    assert mine.training["of"].compute() == 14 + 2 * (12 + 14)
     no_sum = Metrics({"of": PearsonCorrCoef() * 2}, training=True)
     with pytest.raises(ValueError, match=r"'of', whose metric_a\.mean_x is no sum; resume with as many"):
         no_sum.joined([no_sum.state_dict()] * 2, True)
