@@ -218,11 +218,14 @@ def in_doubt(batch: Any, measure: Callable[[Any], int]) -> str | None:
     if first is None or not isinstance(held, list | tuple) or hasattr(held, "_fields") or len(held) == first.size(0):
         return None
     n, count = int(first.size(0)), len(held)
-    beside = (k for k, x in kids.items() if k != key and length(x) == count and any(length(v) != n for _, v in leaves(x)))
-    if (other := next(beside, None)) is None or measure(batch) != n:
+    known = {k: {m for _, v in leaves(x) if (m := length(v)) is not None} for k, x in kids.items()}
+    beside = [k for k, x in kids.items() if k != key and length(x) == count and known[k] != {n}]
+    # views of the same samples hold as many each, and so does what is theirs, as labels
+    views = known[key] == {n} != {1} and any(n in known[k] for k in kids if k not in (key, *beside))
+    if not beside or views or measure(batch) != n:
         return None
     return (f"a batch counts as {n} samples, which is the first dimension of its first tensor, but that lies in batch[{key!r}], "
-            f"which holds {count}, as batch[{other!r}] does: if these are the samples, give Loop(..., size=fn(batch)), and "
+            f"which holds {count}, as batch[{beside[0]!r}] does: if these are the samples, give Loop(..., size=fn(batch)), and "
             "where batches are to be cut cut=fn(batch, start, stop)")  # fmt: skip
 
 

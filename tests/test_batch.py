@@ -661,7 +661,8 @@ BOXES = [{"boxes": torch.zeros(1 + i, 4)} for i in range(4)]
 @pytest.mark.parametrize("batch", [
     (tuple(IMAGES), tuple(BOXES)), [IMAGES, BOXES], (IMAGES, [0, 1, 2, 1]), (IMAGES, tensor(4)), (IMAGES, list("abcd")),
     {"id": 7, "images": IMAGES, "targets": BOXES}, Example(IMAGES, BOXES), Pair([{"image": x} for x in IMAGES], BOXES),
-    (IMAGES, np.zeros(4)),
+    (IMAGES, np.zeros(4)), ([tensor(3, 5, 5)] * 4, BOXES), ([tensor(3, 5, 5)] * 4, [{"label": i} for i in range(4)]),
+    (IMAGES, BOXES, [{"masks": torch.zeros(1 + i, 5, 5)} for i in range(4)]),
 ])  # fmt: skip
 def test_samples_in_a_list_of_tensors_are_in_doubt(batch: Any) -> None:
     text = in_doubt(batch, size)
@@ -683,6 +684,16 @@ def test_samples_in_a_list_of_tensors_are_in_doubt(batch: Any) -> None:
 ])  # fmt: skip
 def test_other_batches_are_in_no_doubt(batch: Any) -> None:
     assert in_doubt(batch, lambda batch: size(batch) or 0) is None
+
+
+def test_views_of_the_same_samples_are_in_no_doubt() -> None:
+    """Each holds all samples, as labels beside them do, whatever else holds as much as there are views."""
+    views, y = [torch.zeros(8, 3, 5), torch.zeros(8, 4)], tensor(8)
+    for batch in (
+        {"views": views, "names": ["left", "right"], "y": y}, [views, [0.5, 0.5], list("abcdefgh")], [views, [y, None]],
+        [views[:1], ["of one set"], {"y": y}], (views, tensor(2), [y, y]),
+    ):  # fmt: skip
+        assert in_doubt(batch, lambda batch: size(batch) or 0) is None
 
 
 @pytest.mark.parametrize("form", FORMS)
