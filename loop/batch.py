@@ -69,11 +69,11 @@ def anew(kind: Any, parts: dict[Any, Any]) -> Any:
 
 
 def filled(x: Any, parts: list[Any]) -> Any:
-    """Return a list or tuple of a kind of its own that holds `parts`, around its constructor where that takes other arguments."""
-    kind = type(x)
+    """Return a list or tuple of a kind of its own that holds `parts`: a copy where it has attributes, or can't be built of them."""
+    kind, attributes = type(x), getattr(x, "__dict__", {})
     try:
-        new = kind(*parts) if hasattr(x, "_fields") else kind(parts)
-        if len(new) == len(parts) and all(map(operator.is_, new, parts)):
+        new = None if attributes else kind(*parts) if hasattr(x, "_fields") else kind(parts)
+        if new is not None and len(new) == len(parts) and all(map(operator.is_, new, parts)):
             return new
     except Exception:  # whatever a constructor of other arguments raises
         pass
@@ -82,8 +82,8 @@ def filled(x: Any, parts: list[Any]) -> Any:
         new[:] = parts
         return new
     new = tuple.__new__(kind, parts)
-    if hasattr(x, "__dict__"):
-        vars(new).update(vars(x))
+    if attributes:
+        vars(new).update(attributes)
     return new
 
 

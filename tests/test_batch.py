@@ -344,6 +344,21 @@ class Two(tuple[Any, ...]):
     name: str
 
 
+class Items(list[Any]):
+    def __init__(self, items: Any = (), name: str = "") -> None:
+        super().__init__(items)
+        self.name = name
+
+
+class Fixed(tuple[Any, ...]):
+    def __new__(cls, items: Any = (), name: str = "") -> Fixed:
+        new = super().__new__(cls, items)
+        new.name = name
+        return new
+
+    name: str
+
+
 class Bare(tuple[Any, ...]):
     __slots__ = ()
 
@@ -352,7 +367,11 @@ class Bare(tuple[Any, ...]):
 
 
 def test_dl7_lists_and_tuples_with_a_constructor_of_their_own() -> None:
-    for kind in (Columns, Two, Bare, lambda x, y, name: Columns(x, Two(y, y, name), name)):
+    kinds: list[Any] = [
+        Columns, Two, Bare, lambda x, y, name: Columns(x, Two(y, y, name), name),
+        *(lambda x, y, name, of=of: of([x, y], name) for of in (Items, Fixed)),  # which take their parts without the name too
+    ]  # fmt: skip
+    for kind in kinds:
         batch = kind(tensor(5, 3), tensor(5), "it")
         parts = [cut(batch, a, b, 5) for a, b in equal_cuts(5, 2)]
         joined, moved = join(parts), move(batch, META)
