@@ -477,6 +477,17 @@ class Sharp(torch.optim.Optimizer):
         self.base.param_groups = self.param_groups
 
 
+class Sorts(Several):
+    """Remembers which parameters are whose, in containers that are held many times, and by themselves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.whose: dict[str, Any] = {str(i): [*group["params"]] for i, group in enumerate(self.param_groups)}
+        for _ in range(16):
+            self.whose = {"here": self.whose, "there": self.whose}
+        self.whose["itself"] = self.whose
+
+
 class Shares(Several):
     """Shares its state with the one that it keeps."""
 
@@ -504,8 +515,8 @@ class Records(torch.optim.SGD):
 @pytest.mark.parametrize("optimizer", [
     lambda m: Saved(adamw(m)), lambda m: Records([{"params": m.parameters(), "past": []}], lr=0.1),
     lambda m: Records(m.parameters(), lr=0.1), lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=[0.8, 0.99]),
-    Several, Shares, lambda m: Sharp(m.parameters(), lr=0.1, momentum=0.9), lambda m: tensor_betas(m),
-], ids=["wraps", "list", "new list", "list for a tuple", "several", "shares", "sharp", "tensors in a tuple"])  # fmt: skip
+    Several, Sorts, Shares, lambda m: Sharp(m.parameters(), lr=0.1, momentum=0.9), lambda m: tensor_betas(m),
+], ids=["wraps", "list", "new list", "list for a tuple", "several", "sorts", "shares", "sharp", "tensors in a tuple"])  # fmt: skip
 def test_layouts_of_a_users_own_resume_to_the_same_bits(optimizer: Any, tmp_path: Path) -> None:
     def go(folder: Path, epochs: int) -> Any:
         seed, model = Seed(0), plain_net()

@@ -24,7 +24,9 @@ def silent(optimizer: Optimizer) -> dict[str, Optimizer]:
 
 def check_inner(kind: str, optimizer: Optimizer, path: str, one: Optimizer) -> None:
     """Raise ValueError for state of an inner optimizer that can't be saved to the bit beside the outer one's."""
-    loose = [name for name, x in attributes(optimizer) if isinstance(x, Tensor | int | float) and not isinstance(x, bool)]
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}  # which the checkpoint has as such
+    loose = [name for name, x in attributes(optimizer)
+             if isinstance(x, Tensor | int | float) and not isinstance(x, bool) and id(x) not in own]  # fmt: skip
     whose = {id(group) for group in optimizer.param_groups}
     if loose or any(id(group) not in whose for group in one.param_groups):
         more = f", as it does {', '.join(loose[:4])}" if loose else ", and whose parameter groups are not its own"
@@ -49,15 +51,17 @@ def together(optimizer: Optimizer, lists: list[tuple[Optimizer, list[Any]]], ali
 
 def attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
     """Yield what lies in an optimizer's attributes, and in containers there, beside what every optimizer has."""
+    seen = set[int]()
     for name, x in vars(optimizer).items():
         if name not in SAVED:
-            yield from leaves(x, f".{name}")
+            yield from leaves(x, f".{name}", seen)
 
 
-def leaves(x: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield what lies in nested containers, with its path."""
-    if isinstance(x, dict | list | tuple):
-        for key, one in x.items() if isinstance(x, dict) else enumerate(x):
-            yield from leaves(one, f"{path}[{key!r}]")
-    else:
+def leaves(x: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield what lies in nested containers, with its path, but for containers `seen` before, as one that holds itself."""
+    if not isinstance(x, dict | list | tuple):
         yield path, x
+    elif id(x) not in seen:
+        seen.add(id(x))
+        for key, one in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from leaves(one, f"{path}[{key!r}]", seen)
