@@ -59,7 +59,9 @@ def build(function: Callable[..., Any], state: State, since: int, first: dict[Te
     firsts = [group.pop("initial_lr", None) if ours else None for group in groups]
     try:
         return told(total, function, state.optimizer, total)
-    except KeyError:  # one that goes on, by last_epoch=, asks for it
+    except KeyError as error:  # one that goes on, by last_epoch=, asks for it
+        if "initial_lr" not in str(error) or firsts == [None] * len(groups):
+            raise
         put_first(groups, firsts, orders)
         return told(total, function, state.optimizer, total)
     finally:

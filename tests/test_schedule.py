@@ -16,7 +16,7 @@ from helpers import FORMS, Reported, adamw, assert_same_bits, bits, built_in, by
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from hookloop.callbacks import Checkpoint, GradientAccumulation, Seed, Warmup
+from hookloop.callbacks import Checkpoint, GradientAccumulation, LayerwiseRate, Seed, Warmup
 from hookloop.callbacks.schedule import Schedule
 from hookloop.callbacks.weight_decay import WeightDecay
 from hookloop.loop import Callback, Goal, Loop, State
@@ -330,6 +330,20 @@ def test_accumulation_makes_fewer_steps_and_the_function_is_told() -> None:
     state = loop.fit(loss_fn, loader(50, 8), epochs=2)
     assert told == [6] == [state.step]
     assert schedule.scheduler.last_epoch == 6
+
+
+@pytest.mark.parametrize("before", [[], [LayerwiseRate(0.5)]])
+def test_an_error_of_the_function_itself_is_told_after_one_call(before: list[Callback]) -> None:
+    calls: list[Any] = []
+
+    def build(optimizer: Any, total: Any) -> Any:
+        calls.append(total)
+        return lrs.StepLR(optimizer, {"short": 5}["long"])
+
+    model = net()
+    with pytest.raises(KeyError, match="long"):
+        Loop(model, adamw(model), [*before, Schedule(build)]).fit(loss_fn, loader(50, 8), epochs=2)
+    assert calls == [N]
 
 
 @pytest.mark.parametrize("by", [copy.copy, copy.deepcopy])
