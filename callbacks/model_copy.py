@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..loop.redo import keeps_more
 from ..loop.wrapped import sharded
 
 Kind = TypeVar("Kind")
@@ -93,7 +94,7 @@ def carried(old: nn.Module, new: nn.Module, model: nn.Module) -> Pairs:
 
 @torch.no_grad()
 def take_extra_states(mine: nn.Module, model: nn.Module) -> None:
-    """Copy what modules keep beside parameters and buffers, where they say what that is (`get_extra_state`)."""
+    """Copy what modules keep beside parameters and buffers, where they say what that is and take it back (`get_extra_state`)."""
     for held, theirs in zip(mine.modules(), model.modules(), strict=True):
-        if type(theirs).get_extra_state is not nn.Module.get_extra_state:
+        if keeps_more(theirs):
             held.set_extra_state(copied(theirs.get_extra_state()))

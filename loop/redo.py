@@ -165,3 +165,9 @@ def host_copy(x: Tensor) -> Tensor:
     """Return a copy on the host, queued behind the work that makes `x` where that lies on a device."""
     pinned = x.device.type in ("cuda", "xpu")
     return torch.empty_like(x, device="cpu", pin_memory=pinned).copy_(x, non_blocking=pinned)
+
+
+def keeps_more(module: nn.Module) -> bool:
+    """Tell whether a module says what it keeps beside parameters and buffers, and takes it back."""
+    kind = type(module)
+    return kind.get_extra_state is not nn.Module.get_extra_state and kind.set_extra_state is not nn.Module.set_extra_state

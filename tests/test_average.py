@@ -339,6 +339,16 @@ def test_extra_states_of_modules_are_copied_along() -> None:
     assert average.model.extra == model.extra == {"heat": 0.9**9, "seen": torch.tensor([10.0])}
 
 
+def test_an_extra_state_that_its_module_does_not_take_back_is_left_alone() -> None:
+    class Told(Tempered):
+        set_extra_state = nn.Module.set_extra_state
+
+    model, average = Told(), Average(decay=0.5)
+    Loop(model, adamw(model), [average]).fit(loss_fn, loader(40, 8), loader(8, 8), epochs=1)
+    assert average.model is not None
+    assert average.model.extra is not model.extra
+
+
 def test_what_a_frozen_norm_keeps_is_not_measured() -> None:
     average, before = Average("swa", batch_norm="measure"), net(seed=5)[1].running_mean
     run(built_in, average, Unfreeze({9: "^1"}))

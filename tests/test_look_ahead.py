@@ -224,6 +224,17 @@ def test_what_only_a_forward_changes_comes_back_with_modes_and_a_scheduler_is_no
     assert known == {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")}
 
 
+def test_an_extra_state_that_its_module_does_not_take_back_is_no_error() -> None:
+    class Told(nn.Sequential):
+        def get_extra_state(self) -> Any:
+            return {"version": 2}
+
+    model = Told(*net())
+    weights = copy.deepcopy(model.state_dict())
+    sweep(Loop(model, adamw(model)), loader())
+    same(dict(model.state_dict()), dict(weights))
+
+
 class Ahead(torch.optim.Optimizer):
     """As is widely copied: wraps another optimizer, goes half way back to slow weights at each third step, and counts."""
 

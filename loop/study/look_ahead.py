@@ -20,7 +20,7 @@ from ..guards import to_train
 from ..loop import Loop
 from ..order import apart, extent
 from ..outputs import checked, weight_of
-from ..redo import BeforeUpdate, Snapshot, host_copy
+from ..redo import BeforeUpdate, Snapshot, host_copy, keeps_more
 from ..rng import derive, isolated
 from ..state import State
 from ..step import clear_gradients
@@ -61,8 +61,7 @@ def untouched(loop: Loop, loader: Any) -> Iterator[None]:
     around.take([])
     trained = {p for group in optimizer.param_groups for p in group["params"]}
     others = [(p, host_copy(p.detach())) for p in model.parameters() if p not in trained]  # a forward may change them
-    extra = [(m, copy.deepcopy(m.get_extra_state())) for m in model.modules()
-             if type(m).get_extra_state is not nn.Module.get_extra_state]  # fmt: skip
+    extra = [(m, copy.deepcopy(m.get_extra_state())) for m in model.modules() if keeps_more(m)]
     scale = {} if scaler is None else copy.deepcopy(scaler.state_dict())
     workers = loader._iterator if isinstance(loader, DataLoader) else None
     with isolated(state.device), apart(loader, derive(loop.seed or 0, "trial", state.epoch)):
