@@ -560,23 +560,23 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "a")
     run(tmp_path / "b")
     run_first(tmp_path / "c", [At(9, "on_step_start", shift)], built_in)
     (tmp_path / "empty").mkdir()
-    same, apart = command("compare", tmp_path / "a", tmp_path / "b"), command("compare", tmp_path / "a", tmp_path / "c")
-    assert (same.returncode, same.stdout.strip()) == (0, SAME)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out.strip() == SAME
+    apart, wrong = command("compare", tmp_path / "a", tmp_path / "c"), command("compare", tmp_path / "a", tmp_path / "empty")
     assert apart.returncode == 1
     assert apart.stdout.startswith("part at update 9, first in weights: ")
-    for folder, says in (
-        (tmp_path / "empty", "holds no fingerprints; train with Fingerprint()"),
-        (tmp_path / "no", "is no folder"),
-    ):
-        wrong = command("compare", tmp_path / "a", folder)
-        assert (wrong.returncode, wrong.stdout) == (2, "")
-        assert says in wrong.stderr
-        assert "Traceback" not in wrong.stderr
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "holds no fingerprints; train with Fingerprint()" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "no")]) == 2
+    shown, said = capsys.readouterr()
+    assert shown == ""
+    assert "is no folder" in said
 
 
 @pytest.mark.parametrize("what", ["flipped", "cut", "garbage", "nowhere"])
