@@ -38,6 +38,8 @@ def main() -> None:
     ])  # fmt: skip
     with loop:
         for _ in range(EPOCHS):
+            if loop.stopped:  # asked first: a run that had stopped may be started again
+                break
             for images, labels in train:
                 loss = loss_fn(model, (images.to(device), labels.to(device)))["loss"]
                 loss.backward()
@@ -45,8 +47,6 @@ def main() -> None:
                     optimizer.step()
                 optimizer.zero_grad()
             loop.validate(loss_fn, val)
-            if loop.stopped:
-                break
     closing_table(loop, val, clock, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -69,22 +70,38 @@ def anew(kind: Any, parts: dict[Any, Any]) -> Any:
 
 
 def filled(x: Any, parts: list[Any]) -> Any:
-    """Return a list or tuple of a kind of its own that holds `parts`: a copy where it has attributes, or can't be built of them."""
-    kind, attributes = type(x), getattr(x, "__dict__", {})
-    try:
-        new = None if attributes else kind(*parts) if hasattr(x, "_fields") else kind(parts)
-        if new is not None and len(new) == len(parts) and all(map(operator.is_, new, parts)):
+    """Return a list or tuple of a kind of its own that holds `parts`, with what its constructor makes of them, else a copy.
+
+    Attributes that the constructor does not make of what `x` holds are the program's own, and come along.
+    """
+    with contextlib.suppress(Exception):  # whatever a constructor of other arguments raises
+        new, again = (kind_of(x)(y) for y in (parts, [*x]))
+        if len(new) == len(parts) and all(map(operator.is_, new, parts)):
+            for name, value in vars(x).items() if hasattr(x, "__dict__") else ():
+                if name not in vars(again) or not same(vars(again)[name], value):
+                    setattr(new, name, value)
             return new
-    except Exception:  # whatever a constructor of other arguments raises
-        pass
     if isinstance(x, list):
         new = copy.copy(x)
         new[:] = parts
         return new
-    new = tuple.__new__(kind, parts)
-    if attributes:
-        vars(new).update(attributes)
+    new = tuple.__new__(type(x), parts)
+    if hasattr(x, "__dict__"):
+        vars(new).update(vars(x))
     return new
+
+
+def kind_of(x: Any) -> Callable[[list[Any]], Any]:
+    """Return what makes another such list or tuple of its parts."""
+    kind = type(x)
+    return (lambda parts: kind(*parts)) if hasattr(x, "_fields") else kind
+
+
+def same(a: Any, b: Any) -> bool:
+    """Tell whether two attributes are the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 def walk(x: Any, leaf: Callable[[Any, str], Any], path: str = "batch") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from . import rng
@@ -16,21 +17,18 @@ if TYPE_CHECKING:
 
 
 def announce(loop: Session, loader: Any) -> None:
-    """Tell the loader its epoch, then callbacks, whose word stands; what either draws is the same in a resumed run with a seed."""
-    state, restored, inside = loop.state, loop.rng_to_restore, loop.feed.epoch == loop.state.epoch
-    key = rng.derive(loop.seed or 0, "epoch", state.epoch)  # one for all ranks, which may order their data here
-    state.loader, loop.rng_to_restore = loader, None
-    if restored is not None:
-        rng.restore(restored, state.device)
+    """Tell the loader its epoch, then callbacks, whose word stands; where the epoch goes on, what either draws is of no account."""
+    state, kept, inside = loop.state, loop.rng_kept, loop.feed.epoch == loop.state.epoch
+    state.loader, loop.rng_kept = loader, None
     if loop.modes and not state.model.training:  # first, so that what a hook now changes stands
         back_to_train(loop)
-    with rng.isolated(state.device, key):
-        tell_epoch(loader, state.epoch)
-    if loop.streams is not None:
-        rng.seed_streams(key, loop.streams.generators)
-    loop._run("on_epoch_start")
-    if inside and restored is not None:  # what hooks drew here now, they had drawn before these were saved
-        rng.restore(restored, state.device)
+    if inside and kept is not None:  # what the program drew since, as in making its loader, it had drawn before the save
+        rng.restore(kept, state.device)
+    tell_epoch(loader, state.epoch, loop.seed or 0, state.device)
+    with rng.isolated(state.device) if inside else contextlib.nullcontext():
+        if loop.streams is not None:  # the same for all ranks, which may order their data here
+            rng.seed_streams(rng.derive(loop.seed or 0, "epoch", state.epoch), loop.streams.generators)
+        loop._run("on_epoch_start")
     loop.modes = modes_of(state.model) or loop.modes
 
 

@@ -12,11 +12,11 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from . import batch as batches
 from . import reading
 from .chunk import Chunk, fresh, joined, own, piece
-from .order import Order, dealt, told
+from .order import Order, dealt, tell_epoch
 from .reading import log
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
-from .shape import fit, says_where, shape
+from .shape import fit, restarting, says_where, shape, told_inside
 from .store import plain
 
 END = object()
@@ -44,7 +44,6 @@ class Feed:
         self.stateful = self._ended = self._lied = False
         self._kept: tuple[Any, bool] | None = None  # a stateful loader's own state, and whether its epoch had ended
         self._before = 0, 0
-        self._length: int | None = None  # of an epoch in batches, as the loader says
         self._streams: list[torch.Generator] = []
         self._base = 0
 
@@ -103,13 +102,14 @@ class Feed:
             self._source = iter(())
             return
         (kept, ended), self._kept, self._ended = self._kept or (None, False), None, False
-        # what an ended epoch left behind would hold that one's number, where the loader was told this one's
-        goes_on = self.stateful and says_where(kept) and (bool(read) or (ended and not told(self.loader)))
-        if goes_on:
+        goes_on = self.stateful and says_where(kept) and (bool(read) or ended)
+        if goes_on and ended and read:
+            self._source, self._kept, self._ended = iter(()), (kept, True), True  # the next epoch begins with it
+            return
+        if goes_on and (read or not told_inside(self.loader)):
             self.loader.load_state_dict(kept)
-            if ended and read:
-                self._source, self._kept, self._ended = iter(()), (kept, True), True  # the next epoch begins with it
-                return
+            if not read:  # an ended epoch's state may hold its number
+                tell_epoch(self.loader, epoch, seed, device)
         with isolated(device, key := derive(seed, "loader", epoch, rank)):
             if self.order is not None:
                 # workers' own streams begin anew in a resumed process, so their samples are seeded without a Seed too
@@ -118,7 +118,8 @@ class Feed:
                 given = seed, epoch, rank, read, seeds_samples, device, self.begun
                 self._source, self._ahead = self._reading(self.order.iterate, *given)
             else:
-                self._source = self._reading(iter, self.loader)
+                with restarting(self.loader, not read):
+                    self._source = self._reading(iter, self.loader)
                 if not (goes_on and read):
                     # one that goes on by its own state draws its order in `iter`, and is not seeded again
                     seed_streams(key if self.stateful else derive(seed, "first", epoch, rank), generators(device))
@@ -268,11 +269,6 @@ class Feed:
         return self._ended and self.left is None and not self.again
 
     @property
-    def used_up(self) -> bool:
-        """Whether all was used, also where nobody has tried to read on, as in a checkpoint of the last update."""
-        return self.over or (self.read == self._length and self.left is None and not self.again)
-
-    @property
     def empty(self) -> str | None:
         """Why the epoch gave no batch at all; None where it gave one, or began inside."""
         if self.read or self.begun or self.more():
@@ -289,11 +285,11 @@ class Feed:
         passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
         own_state = self._own_state() if self.stateful and self._opened is self.loader and not passed else None
         return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self.shape, "left": kept,
-                "loader": own_state, "ended": self._ended, "begun": self.begun, "length": self._length}  # fmt: skip
+                "loader": own_state, "ended": self._ended, "begun": self.begun}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""
         self.epoch, self.read, self.offset, self._promised = (state[k] for k in ("epoch", "read", "offset", "shape"))
         self.left = None if state["left"] is None else Chunk(*state["left"])
-        self.begun, self._ended, self._length = state.get("begun", 0), state.get("ended", False), state.get("length")
+        self.begun, self._ended = state.get("begun", 0), state.get("ended", False)
         self._kept = None if state.get("loader") is None else (state["loader"], state["ended"])

@@ -149,6 +149,8 @@ class Graphs(Eager):
                 self.seen[key] += 1
                 return self._as_written(loop, loss, batch, factor, key)
             static = self._record(loop, loss, batch, key)
+        if loop._step is not None:
+            loop._step.check_untouched(between=True)
         self.used.append(self.given[key])
         self.replayed += 1
         self.micros.move_to_end(key)

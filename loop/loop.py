@@ -24,6 +24,7 @@ from .checks import check_end, check_loader, check_validation, whole
 from .evaluate import evaluate
 from .guards import left_in_eval, warn_once
 from .mean import Mean
+from .rng import restore
 from .saves import log
 from .state import State
 from .step import Step
@@ -84,6 +85,7 @@ class Loop(Updates):
                 "loop.begin must run inside `with loop:`, after loop.epochs was called, which says the run's end"
             )
         self._begin(loader)
+        self._put_back_streams()
 
     def epochs(self, count: int | None = None, *, steps: int | None = None) -> Iterator[int]:
         """Yield epoch numbers until `count` passes or `steps` updates are done, both counted from the run's first."""
@@ -93,7 +95,14 @@ class Loop(Updates):
         self._end = (count, steps)
         return self._epochs()
 
+    def _put_back_streams(self) -> None:
+        """Have what the program draws from here on go on as in the run that was saved."""
+        if self.rng_to_restore is not None:
+            restore(self.rng_to_restore, self.state.device)
+            self.rng_kept, self.rng_to_restore = self.rng_to_restore, None
+
     def _epochs(self) -> Iterator[int]:
+        self._put_back_streams()
         while (self._goes_on("ends an epoch") or self._may_validate) and (
             self._end[0] is None or self.state.epoch < self._end[0]
         ):
@@ -109,13 +118,14 @@ class Loop(Updates):
             elif not self.stopped:
                 raise RuntimeError("an epoch went by without a step: iterate loop.steps(loader) in each (of two Loops in one zip, "
                                    "with strict=True: else the second is not asked where the first has no step left)")  # fmt: skip
+        self._over = True
 
     @property
     def _may_validate(self) -> bool:
         """Whether a run that its `steps=` end is entered at the very end of an epoch, whose validation may have been cut off."""
         state = self.state
         cut_off = not (self._phase or state.leaving or state.stop_reason) and self.feed.epoch == state.epoch
-        return cut_off and all(row[0] for row in decide(state, "ends an epoch", self.feed.used_up))
+        return cut_off and all(row[0] for row in decide(state, "ends an epoch", self.feed.over))
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """Yield the steps of one epoch, each with one update's data, to end with `loop.update()`; a break ends the epoch."""
@@ -141,6 +151,7 @@ class Loop(Updates):
                 yield step
                 if not step.updated:
                     self._check_closed()
+                self._check_whole()
             if state.leaving:  # at once: what the user's program does after this may take long
                 self._save_last()
             if state._saves or state._due:
@@ -196,6 +207,7 @@ class Loop(Updates):
         if self._phase == "inside":
             raise RuntimeError("loop.updating inside loop.steps would apply the step twice; loop.update() applies it")
         shown = given(loss, samples)
+        self._check_whole()
         self._begin(None)
         left_in_eval(self)
         self.state.given_loss = shown.get("loss")
@@ -265,15 +277,17 @@ class Loop(Updates):
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""
-        if not (self._entered and self._begun):
+        if not (self._entered and (self._begun or self._over)):  # a finished run may report again
             raise RuntimeError("loop.report before the first loop.steps or loop.updating; loop.evaluate may run at any time")
         if self.state.loader is not None and self.state.leaving:  # as in validate
             self._phase = "left"
             return
+        self.rng_kept = None  # what callbacks draw from here on stands
         self.state.report(metrics)
         self.state.metrics |= self.state.ranks.averaged(
             {name: self.state.metrics[name] for name in sorted(self.state.reported)}
         )
         self._run("on_validation_end")
-        if self.state.loader is None:  # around a loop of the user's own the next forward may change buffers
+        if self._begun and self.state.loader is None:  # around a loop of the user's own the next forward may change buffers
+            self._written, self._saved_at = {}, -1  # none of these saves holds what callbacks made of the report
             self._flush()

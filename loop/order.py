@@ -219,10 +219,12 @@ def told(loader: Any) -> list[Any]:
     return [owner for owner in every if callable(getattr(owner, "set_epoch", None))]
 
 
-def tell_epoch(loader: Any, epoch: int) -> None:
-    """Tell it."""
-    for owner in told(loader):
-        owner.set_epoch(epoch)
+def tell_epoch(loader: Any, epoch: int, seed: int, device: torch.device) -> None:
+    """Tell it; what it draws then hangs on the epoch alone."""
+    if found := told(loader):
+        with isolated(device, derive(seed, "epoch", epoch)):
+            for owner in found:
+                owner.set_epoch(epoch)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ class Saves(Dispatch):
     _written: Mapping[Any, int] = MappingProxyType({})  # by writer, the step of its last good save
     validated_at = -1  # the step of the last validation
     _end: tuple[int | None, int | None] = (None, None)
+    _torn = False  # an optimizer's step was cut off, so that weights may be half updated
 
     @property
     def stopped(self) -> bool:
@@ -47,8 +48,16 @@ class Saves(Dispatch):
             self._flush()
         return not self.stopped
 
+    def _check_whole(self) -> None:
+        """Refuse to go on, or to save, behind an update that was cut off."""
+        if self._torn:
+            raise RuntimeError("an error cut this Loop's optimizer off inside a step, so its weights may be half updated, or a "
+                               "step of a sharded model, which keeps its gradients: build model, optimizer and callbacks anew, and "
+                               "a Loop that resumes from the last checkpoint")  # fmt: skip
+
     def _save_last(self) -> None:
         """Ask for a save of where the run stands, unless all writers have it on the disk."""
+        self._check_whole()
         state, found = self.state, dict[Any, int]()
         for write in state.writers:
             whole = write(state, [], lambda: capture(cast("Session", self)))
@@ -59,6 +68,7 @@ class Saves(Dispatch):
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run; of several ranks, once all agreed to."""
+        self._check_whole()
         state, asked = self.state, self.state._due
         if not state.ranks.together:
             asked, state._saves = asked + state._saves, []

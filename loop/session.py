@@ -93,6 +93,7 @@ class Session(Saves, Forward):
         self.given_buffers: dict[str, Tensor]  # and the buffers that the state dict leaves out
         self.streams: rng.Streams | None = None
         self.rng_to_restore: dict[str, Any] | None = None
+        self.rng_kept: dict[str, Any] | None = None  # the same once restored, until its epoch goes on
         self.modes: dict[nn.Module, bool] = {}  # of the model's modules while it trains
         self.warned = set()
         self._constants: dict[Any, Tensor] = {}
@@ -102,7 +103,7 @@ class Session(Saves, Forward):
         follow(weakref.ref(self), self.state)
         self.arranged = False  # whether DDP's buckets are as they stay
         self.proven = 0  # the largest micro-batch that went through on all ranks
-        self._was_set_up = self._entered = self._begun = self._torn = False
+        self._was_set_up = self._entered = self._begun = self._over = False
         self._phase = ""  # of the epoch: '' outside, 'inside', then 'exhausted' or 'left' before its data ended
         self._pass: object = None
         for callback in self.callbacks:  # last: a construction that failed keeps none
@@ -115,12 +116,10 @@ class Session(Saves, Forward):
     def __enter__(self) -> Self:
         if self._entered:
             raise RuntimeError("this Loop is entered already")
-        if self._torn:
-            raise RuntimeError("an error cut this Loop's optimizer off inside a step, so its weights may be half updated, or a "
-                               "step of a sharded model, which keeps its gradients: build model, optimizer and callbacks anew, and "
-                               "a Loop that resumes from the last checkpoint")  # fmt: skip
+        self._check_whole()
         state = self.state
         self._entered, self._begun, self._step, self._end, self._phase = True, False, None, (None, None), ""
+        self._over = False
         state.since, state.stop_reason, state._leave_at, state._leave_reason = time.monotonic(), None, math.inf, ""
         state._stop, state._due = None, []
         state.drop_factors()
@@ -186,7 +185,9 @@ class Session(Saves, Forward):
             self.streams = rng.Streams(rng.derive(state.seed, "step", state.rank), state.device)
         if loader is not None and self.snapshot is None and (self.hooks["on_exception"] or state.keep_buffers):
             self.snapshot = Snapshot(state, self.streams is not None)
-        self._run("on_fit_start")
+        resumed = self.rng_to_restore is not None or self.rng_kept is not None  # what is drawn here, that run had drawn before
+        with rng.isolated(state.device) if resumed else contextlib.nullcontext():
+            self._run("on_fit_start")
         if loader is None:  # else before each epoch
             check_trained(self)
             if state.ranks.together:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from .checks import refuse
-from .order import dealer, length
+from .order import dealer, length, told
 
 if TYPE_CHECKING:
     from .feed import Feed
@@ -82,6 +84,24 @@ def dropped(loader: DataLoader[Any], drawn: int | None, there: int, here: int) -
         return None
     return (f"with drop_last=True an epoch of batches of {here} holds {left[here]} samples here, and {left[there]}, of batches of "
             f"{there}, in the checkpoint's run")  # fmt: skip
+
+
+def told_inside(loader: Any) -> bool:
+    """Tell whether something inside a loader is told the epoch, which the loader's own state of the last one would overwrite."""
+    return any(owner is not loader for owner in told(loader))
+
+
+@contextlib.contextmanager
+def restarting(loader: Any, anew: bool) -> Iterator[None]:
+    """Have a loader (torchdata.nodes) whose own state says that all was given begin a new pass or not, whatever it would do."""
+    own = getattr(loader, "restart_on_stop_iteration", None)
+    if own is not None:
+        loader.restart_on_stop_iteration = anew
+    try:
+        yield
+    finally:
+        if own is not None:
+            loader.restart_on_stop_iteration = own
 
 
 def says_where(state: Any) -> bool:

@@ -44,6 +44,8 @@ class Eager:
         outputs = checked(loop.forward(loss, loop.state.model, batch) if callable(loss) else loss)
         scaler, loss = loop.state.scaler, outputs["loss"]
         scaled = loss if scaler is None else scaler.scale(loss)
+        if loop._step is not None:  # last thing before it adds to them
+            loop._step.check_untouched(between=True)
         if factor is None:
             scaled.backward()
         elif isinstance(factor, Tensor) or factor:
@@ -94,14 +96,12 @@ class Micro:
         else:  # backward runs outside of autocast
             loop.leave_autocast()
         self.outputs = loop.state.runner.backward(loop, loss, batch, self._factor)
-        if self._step._held is None:
+        if not self._last or self._step._held is None:
             self._step.hold()
 
     def __enter__(self) -> Micro:
         if self._open or self.outputs is not None:
             raise RuntimeError("a micro-batch may be entered once: its gradient would count twice")
-        if self.number:
-            self._step.check_untouched(between=True)
         loop, self._open = self._step.loop, True
         if loop.modes and not loop.state.model.training:
             back_to_train(loop)
@@ -127,22 +127,22 @@ class Micro:
             self._before.put_back_buffers()
         if error is None:
             if self.outputs is not None:
-                watched = bool(step.loop.hooks["on_micro_end"]) and not self.stand_in and step.back_to is None
-                if watched:  # else the next micro-batch, or loop.update(), looks
-                    step.check_untouched()
-                if watched or not self._last:
+                if step.loop.hooks["on_micro_end"] and not self.stand_in and step.back_to is None:
+                    step.check_untouched(between=not self._last)  # else the next backward, or loop.update(), looks
                     step.hold()
-                if watched:
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
                     step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
                     step.check_untouched(between=True)
                 self.outputs, self._batch = singles(self.outputs), None
-        elif isinstance(error, Exception) and rehearsal.redoes(step, error, self._chunk.size or 0):
+            return False
+        if self.outputs is not None:  # whoever goes on behind the error
+            self.outputs = singles(self.outputs)
+        if isinstance(error, Exception) and rehearsal.redoes(step, error, self._chunk.size or 0):
             step.fail(error)
             traceback.clear_frames(trace)  # its locals hold the failed graph, and with it the memory
             self.outputs = self._batch = None
             return True
-        elif isinstance(error, RuntimeError) and "expect_autograd_hooks_" in str(error):
+        if isinstance(error, RuntimeError) and "expect_autograd_hooks_" in str(error):
             say(error, "DistributedDataParallel(static_graph=True) must average its very first backward, which several "
                            "micro-batches, or the rehearsal of MicroBatch('auto'), leave out: take static_graph out")  # fmt: skip
         elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):

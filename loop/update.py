@@ -85,7 +85,11 @@ class Updates(Session):
             for act in state.after:
                 act(state)
         if state._saves or state._due:
-            self._flush()
+            try:
+                if self._phase == "inside" and self.stopped and not state.leaving:
+                    self.feed.more()  # as steps does next: whether the epoch has ended belongs to what is saved
+            finally:
+                self._flush()
 
     def _count_skipped(self, samples: int) -> None:
         state, self._skips = self.state, self._skips + 1

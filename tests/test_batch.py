@@ -359,11 +359,28 @@ class Fixed(tuple[Any, ...]):
     name: str
 
 
+class Views(list[Any]):
+    """Its constructor computes of its parts, and has something of the program's own beside."""
+
+    def __init__(self, items: Any) -> None:
+        super().__init__(items)
+        self.n, self.means, self.fold = len(self[0]), self[0].mean(1), 0
+
+
 class Bare(tuple[Any, ...]):
     __slots__ = ()
 
     def __new__(cls, x: Any, y: Any, name: str = "") -> Bare:
         return super().__new__(cls, (x, y))
+
+
+def test_dl7_what_a_constructor_computes_of_its_parts_is_that_of_a_cut() -> None:
+    batch = Views([tensor(5, 3), tensor(5)])
+    batch.fold, batch.name = 7, "it"  # type: ignore[attr-defined]
+    for a, b in equal_cuts(5, 2):
+        part = cut(batch, a, b, 5)
+        assert (type(part), part.n, part.fold, part.name) == (Views, b - a, 7, "it")
+        assert torch.equal(part.means, batch[0][a:b].mean(1))
 
 
 def test_dl7_lists_and_tuples_with_a_constructor_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -587,6 +588,27 @@ def test_oo2_rollback_gives_up_where_it_always_fails(tmp_path: Path, size: Any) 
     )
 
 
+def test_oo2_an_update_cut_off_is_not_trained_on_nor_saved_by_who_catches_its_error(tmp_path: Path) -> None:
+    faults = Faults({5}, error=lambda text: ValueError("shapes differ"))
+    loop, at = stepping("adamw", faults, MicroBatch("auto"), tmp_path, at=1), list[int]()
+
+    def train() -> None:
+        with faults, loop:
+            for _ in loop.epochs(1):
+                for step in loop.steps(loader(24, 8)):
+                    for one in step:
+                        with one:
+                            one.backward(loss_fn)
+                    with contextlib.suppress(ValueError):
+                        loop.update()
+                    at.append(loop.state.step)
+
+    with pytest.raises(RuntimeError, match="may be half updated"):
+        train()
+    assert at == [1, 1]
+    assert [place.name[-1] for place in list_checkpoints(tmp_path)] == ["1"]
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError])
 def test_oo2_another_error_in_the_optimizers_step_passes_through(error: Any) -> None:
     """Also with rollback: repeating it would hide a fault that isn't memory's."""
@@ -693,8 +715,8 @@ INTERRUPTIONS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 @pytest.mark.parametrize(("act", "micro", "where"), [
     (act, micro, where)
     for act, micros in {"zero_grad": 3, "zero_grad in place": 2, "step": 3}.items() for micro in range(micros)
-    for where in ("callback", "callback built in", "body", "body after")
-    if (act, where) != ("zero_grad in place", "body")  # inside `with micro:` that may as well be a second backward
+    for where in ("callback", "callback built in", "body", "body after", "body before", "loss_fn")
+    if micro or act == "step" or where not in ("body before", "loss_fn")  # else there is nothing to clear
 ])  # fmt: skip
 def test_am5_a_step_that_someone_else_interrupts(kind: str, act: str, micro: int, where: str) -> None:
     """Gradients cleared or weights stepped between the micro-batches of a step, by a callback or in the loop's body."""
@@ -710,13 +732,21 @@ def test_am5_a_step_that_someone_else_interrupts(kind: str, act: str, micro: int
             assert state.micro is not None
             interrupt("callback", state.micro.number)
 
+    def interrupting(model: nn.Module, batch: Any) -> Any:
+        interrupt("loss_fn", number[0])
+        return loss_fn(model, batch)
+
+    number = [0]
+
     def hand() -> None:
         with loop:
             for _ in loop.epochs(1):
                 for step in loop.steps(loader(36, 12)):
                     for one in step:
+                        number[0] = one.number
                         with one:
-                            one.backward(loss_fn)
+                            interrupt("body before", one.number)
+                            one.backward(interrupting)
                             interrupt("body", one.number)
                         interrupt("body after", one.number)
                     loop.update()
@@ -725,6 +755,52 @@ def test_am5_a_step_that_someone_else_interrupts(kind: str, act: str, micro: int
     with pytest.raises(RuntimeError, match="a step was interrupted"):
         built_in(loop, loss_fn, loader(36, 12), epochs=1) if where == "callback built in" else hand()
     assert loop.state.step == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_am5_a_backward_of_ones_own_beside_that_of_a_cut_step(first: bool, inside: bool) -> None:
+    """Each micro-batch would add it in whole, so that another cut would train something else."""
+
+    def aux(model: nn.Module, batch: Any) -> Any:
+        (0.1 * sum(p.square().sum() for p in model.parameters())).backward()  # type: ignore[union-attr]
+        return loss_fn(model, batch)
+
+    model = net()
+    loop = Loop(model, adamw(model), [MicroBatch(4)])
+
+    def train() -> None:
+        with loop:
+            for _ in loop.epochs(1):
+                for step in loop.steps(loader(36, 12)):
+                    for one in step:
+                        with one:
+                            if first and not inside:
+                                aux(model, one.batch)
+                            one.backward(aux if inside else loss_fn)
+                            if not first and not inside:
+                                aux(model, one.batch)
+                    loop.update()
+
+    with pytest.raises(RuntimeError, match="a step was interrupted"):
+        train()
+    assert loop.state.step == 0
+
+
+def test_am5_an_error_behind_the_backward_that_the_body_catches() -> None:
+    """The micro-batch counts, and of what it gave no graph is kept."""
+    model = net()
+    with Loop(model, adamw(model)) as loop:
+        for _ in loop.epochs(1):
+            for step in loop.steps(loader(36, 12)):
+                for one in step:
+                    with contextlib.suppress(KeyError), one:
+                        one.backward(loss_fn)
+                        raise KeyError("mine")
+                loop.update()
+                assert sorted((name, x.requires_grad) for name, x in loop.state.metrics.items()) == [
+                    ("accuracy", False), ("loss", False)]  # fmt: skip
+    assert loop.state.step == 3
 
 
 @pytest.mark.parametrize("size", [4, 12])

@@ -282,12 +282,82 @@ def test_rs3_a_stateful_loader_that_draws_its_order_with_the_first_batch(tmp_pat
         held = MapStyleWrapper(Samples(48), RandomSampler(range(48)))
         return NodesLoader(Mapper(Batcher(held, 8), torch.utils.data.default_collate))
 
-    built_in(expected := make(None, log := Log()), loss_fn, nodes(), epochs=2)
-    for kill in (2, 4, 6, 7, 9):
-        killed(tmp_path / str(kill), kill, nodes())
-        built_in(loop := make(tmp_path / str(kill), log2 := Log()), loss_fn, nodes(), epochs=2)
+    built_in(expected := make(tmp_path, log := Log()), loss_fn, nodes(), epochs=2)
+    assert expected.state.step == 12
+    for place in list_checkpoints(tmp_path):
+        built_in(loop := make(None, log2 := Log(), resume=place), loss_fn, nodes(), epochs=2)
         assert_same_bits(bits(expected), bits(loop))
-        assert log2.samples == {step: rows for step, rows in log.samples.items() if step >= kill - 1}
+        assert log2.samples == {step: rows for step, rows in log.samples.items() if step >= int(place.name[5:13])}
+    for at in (5, 6, 7, 11):  # entered again in one process
+        train = nodes()
+        (loop := make(None)).fit(loss_fn, train, steps=at)
+        loop.fit(loss_fn, train, epochs=2)
+        assert_same_bits(bits(expected), bits(loop))
+
+
+class Placed(IterableDataset):
+    """An order by the epoch that it is told, which it keeps in its state."""
+
+    def __init__(self) -> None:
+        self.held, self.epoch, self.at = Samples(28), 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        order = torch.randperm(28, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        while self.at < 28:
+            self.at += 1
+            yield self.held[order[self.at - 1]]
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.at = state["epoch"], state["at"]
+
+
+class OwnOrder:
+    """A loader that draws its order from a generator of its own, and is told the epoch for another purpose."""
+
+    def __init__(self) -> None:
+        self.held, self.drawn, self.at, self.shift = Samples(28), torch.Generator().manual_seed(3), 0, 0.0
+        self.order: list[int] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.shift = 0.1 * epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        self.order = self.order or torch.randperm(28, generator=self.drawn).tolist()
+        while self.at < 28:
+            self.at += 4
+            x, y, index = torch.utils.data.default_collate([self.held[i] for i in self.order[self.at - 4 : self.at]])
+            yield x + self.shift, y, index
+        self.order, self.at = None, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn.get_state(), "order": self.order, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn.set_state(state["drawn"])
+        self.order, self.at = state["order"], state["at"]
+
+
+def placed() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return StatefulDataLoader(Placed(), 4)
+
+
+@pytest.mark.parametrize("build", [placed, OwnOrder])
+def test_rs3_a_stateful_loader_that_is_told_the_epoch(build: Any, tmp_path: Path) -> None:
+    """Seven batches, two an update: the last of an epoch finds its end, so that its checkpoint says so."""
+    built_in(expected := make(tmp_path, GradientAccumulation(2), log := Log()), loss_fn, build(), epochs=2)
+    for place in list_checkpoints(tmp_path):
+        built_in(loop := make(None, GradientAccumulation(2), log2 := Log(), resume=place), loss_fn, build(), epochs=2)
+        assert_same_bits(bits(expected), bits(loop))
+        assert log2.samples == {step: rows for step, rows in log.samples.items() if step >= int(place.name[5:13])}
 
 
 def test_rs3_a_stateful_loader_is_not_evaluated_on_inside_its_epoch() -> None:
@@ -342,6 +412,43 @@ def test_rs3_a_stateful_loader_whose_evaluation_is_broken_off(again: bool, tmp_p
     loop.fit(loss_fn, train, train, epochs=2)  # type: ignore[arg-type]
     assert_same_bits(bits(expected), bits(loop))
     assert again or log2.samples == {step: rows for step, rows in log.samples.items() if step >= 10}
+
+
+@pytest.mark.parametrize("seed", [5, None])
+@pytest.mark.parametrize("hook", ["on_setup", "on_fit_start", "on_epoch_start", "on_step_start", "on_before_optimizer_step",
+                                  "on_step_end", "on_validation_end", "on_epoch_end", "body"])  # fmt: skip
+def test_sd4_what_draws_outside_of_a_step(hook: str, seed: int | None, tmp_path: Path) -> None:
+    """In any hook, or in the epoch's body before its data are asked for: each checkpoint goes on to the same bits."""
+
+    class Draws(Callback):
+        pass
+
+    def build(folder: Path | None, resume: Path | None = None) -> Loop:
+        torch.manual_seed(0)
+        draws = Draws()
+        setattr(draws, hook if hook != "body" else "extra", lambda state: (torch.rand(()), None)[1])
+        loop = make(folder, draws, seed=seed, resume=resume)
+        if resume is not None:
+            torch.manual_seed(1)
+        return loop
+
+    def run(loop: Loop) -> Loop:
+        if hook != "body":
+            loop.fit(loss_fn, loader(20), loader(8), epochs=2, validate_every=2)
+            return loop
+        with loop:
+            for _ in loop.epochs(2):
+                torch.rand(())
+                for one in loop.steps(iter(loader(20))):
+                    for micro in one:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+        return loop
+
+    expected = run(build(tmp_path))
+    for place in list_checkpoints(tmp_path) if hook != "body" else list_checkpoints(tmp_path)[3:4]:  # an iterator begins anew
+        assert_same_bits(bits(expected), bits(run(build(None, place))))
 
 
 @pytest.mark.parametrize("seed", [5, None])
@@ -1060,6 +1167,65 @@ def test_rs9_the_validation_behind_the_last_update_is_made_up_for(
         assert loop.state.metrics["val_loss"] == expected.state.metrics["val_loss"]
         assert_same_bits(bits(expected), bits(loop))
     assert ends == [(1, 7), (2, 14), (1, 7), (2, 14)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rs9_the_validation_behind_the_last_update_of_data_without_a_length(form: Any, tmp_path: Path) -> None:
+    expected, train = make(None), lambda: DataLoader(Plain(48), 8)
+    form(expected, loss_fn, train(), loader(20), steps=12)
+    loss = dies_in_validation(12)
+    loss.loop = loop = make(tmp_path)
+    with pytest.raises(Killed):
+        form(loop, loss, train(), loader(20), steps=12)
+    for _ in range(2):
+        form(loop := make(tmp_path), loss_fn, train(), loader(20), steps=12)
+        assert (loop.state.step, loop.state.epoch, loop.state.reported_at) == (12, 2, 12)
+        assert_same_bits(bits(expected), bits(loop))
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_rs9_around_a_loop_of_ones_own_a_stopped_run_trains_no_more(every: int, tmp_path: Path) -> None:
+    """What callbacks made of the last report is saved, and a program that asks first makes no further update."""
+    data, kept = list(loader(24, 8)), list[Any]()
+    for _ in range(3):
+        made = 0
+        with (loop := make(tmp_path, EarlyStopping("score", patience=2, restore_best=True), every=every)):
+            for batch in data * 9:
+                if loop.stopped:
+                    break
+                loss_fn(loop.state.model, batch)["loss"].backward()
+                with loop.updating(samples=8):
+                    loop.state.optimizer.step()
+                loop.state.optimizer.zero_grad()
+                made += 1
+                if loop.state.step % 3 == 0:
+                    loop.report({"score": [5.0, 4.0, 3.0][min(loop.state.step // 3, 3) - 1]})
+        kept.append([made, loop.state.step, loop.state.stop_reason, bits(loop), files(tmp_path)])
+    assert [one[:2] for one in kept] == [[15, 15], [0, 15], [0, 15]]
+    assert "did not improve" in kept[0][2]
+    for one in kept[1:]:
+        assert one[2] == kept[0][2]
+        assert_same_bits(one[3], kept[0][3])
+        assert one[4] == kept[0][4]
+
+
+@pytest.mark.parametrize("end", ["epochs", "early"])
+def test_rs9_a_finished_run_reports_again_what_its_program_reports_behind_the_loop(end: str, tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        stop = EarlyStopping(patience=1, min_delta=9.0)
+        with (loop := make(tmp_path, *([stop] if end == "early" else []), every=None)):
+            for _ in loop.epochs(3):
+                for one in loop.steps(loader()):
+                    for micro in one:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+                loop.validate(loss_fn, loader(20))
+            test = loop.evaluate(loss_fn, loader(12))
+            loop.report({"test_loss": test["val_loss"], "val_loss": 1.0})
+        found.append((loop.state.step, loop.state.metrics["test_loss"], files(tmp_path)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kill", [1, 4, 5])
