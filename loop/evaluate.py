@@ -67,6 +67,9 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
             if may_leave and state.leaving:
                 return None
             found: dict[str, Any] = state.ranks.means(means)
+            if count and not found:  # of all ranks: every loss_fn gives a loss, which is taken wherever the weight is above 0
+                raise ValueError(f"the weights of the {prefix.rstrip('_')} loader's batches sum to 0, so that there is no mean to "
+                                 "report; look at weigh= and at the data, or leave the loader out")  # fmt: skip
             if twice := sorted(found.keys() & state._logged.keys()):
                 raise ValueError(f"{prefix + twice[0]!r} is given twice: loss_fn returns {twice[0]!r}, and a callback, such as "
                                  "Metrics, logs what it names so: rename one of them")  # fmt: skip

@@ -809,6 +809,19 @@ def test_an_empty_validation_loader_is_an_error(loaders: Any, match: str) -> Non
         make().evaluate(loss_fn, loaders())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_validation_that_weighs_nothing_is_an_error(form: Any) -> None:
+    """Also beside a loader that weighs something: nothing is left out of a report without a word."""
+    good, masked = next(iter(loader(4, 4))), (torch.randn(4, 6), torch.full((4,), -100), torch.arange(4))
+    loop = make(weigh=lambda b: (b[1] != -100).sum())
+    with pytest.raises(ValueError, match=r"weights of the val loader's batches sum to 0.* look at weigh= and at the data"):
+        loop.evaluate(loss_fn, [masked, masked])
+    with pytest.raises(ValueError, match="weights of the val_far loader's batches sum to 0"):
+        form(loop, loss_fn, [good], {"near": [good], "far": [masked]}, epochs=1)
+    assert not loop.state.reported
+    assert loop.evaluate(loss_fn, [masked, good]) == loop.evaluate(loss_fn, [good])
+
+
 def test_a_model_in_eval_mode_is_put_into_train_mode_and_frozen_parts_stay() -> None:
     modes: list[list[bool]] = []
     watch = At("on_step_end", lambda s: modes.append([m.training for m in s.model]))

@@ -251,6 +251,19 @@ def test_evaluate_alone_talks_over_the_host() -> None:
     assert first == second
 
 
+def weighs_nothing(rank: int, world: int, all_of_it: bool) -> Any:
+    model = DistributedDataParallel(net(noise=False))
+    loop = Loop(model, sgd(model), weigh=lambda batch: 0 if rank or all_of_it else len(batch[1]))
+    return loop.evaluate(loss_fn, batches(rank, 2)), Loop(model, sgd(model)).evaluate(loss_fn, batches(0, 2))
+
+
+def test_one_ranks_validation_may_weigh_nothing_but_not_all() -> None:
+    for found, of_the_first in many.values(weighs_nothing, 2, False):
+        assert found == of_the_first
+    for error in many.errors(weighs_nothing, 2, True, within=6.0):
+        assert "weights of the val loader's batches sum to 0" in error
+
+
 def in_another_order(rank: int, world: int) -> Any:
     model = DistributedDataParallel(net(noise=False))
     loaders = {"a": batches(1, 2), "b": batches(2, 2)}
