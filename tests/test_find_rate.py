@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,35 @@ def test_the_smoothed_loss_is_not_pulled_towards_where_its_mean_began() -> None:
     assert ema([1.0, 2.0], 0.5) == pytest.approx((0.25 * 1 + 0.5 * 2) / 0.75)
     torch.manual_seed(0)
     assert noise_of((torch.randn(4000) * 0.3 + torch.linspace(0, 9, 4000)).tolist()) == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_high_first_batch_is_no_fall() -> None:
+    """The mean of the first few losses is hardly smoothed: what one batch has more than the next is noise there."""
+    model, data = problem()
+    data[0] = (data[0][0], data[0][1] * 3)
+    found = find_rate(Loop(model, torch.optim.SGD(model.parameters(), lr=1.0)), square, data, 1e-7, 10.0, 100)
+    assert found.smoothed[0] > 2 * found.smoothed[9]
+    assert found.steepest is not None
+    assert found.valley is not None
+    assert 1e-3 < found.valley < 1.0
+    assert 1e-3 < found.steepest < 1.0
+
+
+def test_noise_of_small_batches_is_seldom_taken_for_a_fall() -> None:
+    """Two smoothed losses, of which each has its noise, are further apart than one of them is from its mean."""
+    found = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        noise = (1 + torch.randn(100) * 0.3).tolist()
+        model = nn.Linear(1, 1)
+        loop = Loop(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        batches = [torch.tensor([[x]]) for x in noise]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found.append(find_rate(loop, lambda m, b: m(b).sum() * 0 + b.sum(), batches, 1e-7, 1e-3).valley)
+        assert bool(said) == (found[-1] is None)
+    assert found.count(None) >= 12
+    assert all(valley is None or valley > 1e-6 for valley in found)
 
 
 def test_nothing_to_be_learnt_is_said() -> None:

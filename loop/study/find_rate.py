@@ -27,8 +27,9 @@ class Found(Picture):
     """What a sweep saw: rates (the largest group's), the loss before each update, smoothed, and what to train with.
 
     `steepest`: where the smoothed loss falls most for a given factor of the rate. `valley`: the middle, on the rate's
-    logarithmic scale, of its fall. Both None where the loss did not fall by more than its noise. `diverged`: the rate that
-    ended the sweep, None where none did.
+    logarithmic scale, of its fall. Both are of what follows the first 1 / (1 - `smooth`) updates, over which the loss is
+    hardly smoothed, and None where it did not fall by more than its noise. `diverged`: the rate that ended the sweep, None
+    where none did.
     """
 
     rates: tuple[float, ...]
@@ -123,7 +124,9 @@ def find_rate(loop: Loop, loss_fn: LossFn, loader: Any, start: float = 1e-7, end
                 break
         else:
             rate = math.nan
-    steepest, valley = suggest(rates, smoothed, noise_of(losses) * math.sqrt((1 - smooth) / (1 + smooth)))
+    first = round(1 / (1 - smooth))  # before that the mean is of so few losses that a single one's noise is taken for a fall
+    noise = noise_of(losses) * math.sqrt(2 * (1 - smooth) / (1 + smooth))  # of the difference of two smoothed ones
+    steepest, valley = suggest(rates[first:], smoothed[first:], noise)
     found = Found(tuple(rates), tuple(losses), tuple(smoothed), steepest, valley, None if math.isnan(rate) else rate)
     if valley is None:
         warnings.warn(
