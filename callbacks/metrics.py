@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from ..loop.callback import Callback
 from ..loop.checks import flag
 from ..loop.state import State
 from .metric_parts import counts, fed, held, joined, put_back
+from .metric_values import check_values, values
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -17,10 +19,13 @@ if TYPE_CHECKING:
 class Metrics(Callback):
     """Reports torchmetrics of what `loss_fn` returns as "preds" and "target", over validation, without touching training.
 
-    `metrics`: a Metric, a MetricCollection, or names to Metrics; reported as `val_<name>`. `training=True` also keeps a
-    copy over each training epoch (`train_<name>`), fed once a step's update is applied; its `update` is work in the
-    step, and some metrics wait for the device there. Computed across ranks by torchmetrics itself. Raises TypeError for
-    what is no Metric, KeyError where `loss_fn` returned no "preds" or "target".
+    `metrics`: a Metric, a MetricCollection, or names to Metrics; reported as `val_<name>`, one that computes several numbers
+    as `val_<name>_<key>` (`val_<key>` where the key begins with the name), a row of them as `val_<name>_0` and so on.
+    `training=True` also keeps a copy over each training epoch (`train_<name>`), fed once a step's update is applied; its
+    `update` is work in the step, and some metrics wait for the device there. Computed across ranks by torchmetrics itself.
+    What one keeps beyond its reset, as MinMaxMetric does, begins anew in a resumed run. Raises TypeError for what is no
+    Metric or computes no numbers (a matrix, a tuple; at the first report where it shows only then), KeyError where `loss_fn`
+    returned no "preds" or "target".
     """
 
     of_rank = True
@@ -34,6 +39,7 @@ class Metrics(Callback):
         for name, metric in named.items():
             if not isinstance(name, str) or not isinstance(metric, Metric):
                 raise TypeError(f"metrics[{name!r}] must be a torchmetrics.Metric, not {type(metric).__name__}")
+            check_values(name, metric)
         if not named:
             raise TypeError(f"metrics must be a Metric, a MetricCollection or names to Metrics, not {metrics!r}")
         flag("training", training)
@@ -52,7 +58,7 @@ class Metrics(Callback):
         """Have a restored epoch's values reported."""
         for name, metric in self.training.items():
             if fed(metric):
-                state.log(f"train_{name}", metric.compute)
+                state.log(f"train_{name}", functools.partial(values, "train_", name, metric))
 
     def on_micro_end(self, state: State) -> None:
         """Feed validation's; keep training's until the update is applied, since a step may be redone or skipped."""
@@ -69,7 +75,7 @@ class Metrics(Callback):
         for name, metric in self.validation.items():
             if micro.number == 0:
                 metric.reset()
-                state.log(name, metric.compute)
+                state.log(name, functools.partial(values, "", name, metric))
             metric.update(*pair)
 
     def on_step_end(self, state: State) -> None:
@@ -77,7 +83,7 @@ class Metrics(Callback):
         for name, metric in self.training.items():
             for pair in self._seen if self._of + 1 == state.step + state.skipped else ():  # else this rank took no part
                 metric.update(*pair)
-            state.log(f"train_{name}", metric.compute)
+            state.log(f"train_{name}", functools.partial(values, "train_", name, metric))
         self._seen = []
 
     def on_epoch_end(self, state: State) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from . import batch as batches
 from .checks import say
 from .chunk import Chunk, piece
-from .goal import number
+from .goal import logged, number
 from .guards import back_to_eval, modes_of, name_devices
 from .mean import Mean
 from .memory import out_of_memory
@@ -23,7 +23,7 @@ from .outputs import as_now, checked, detached, single, weight_of
 from .reading import STOPPED, explain, in_sequence, miscounted, shut_down
 from .rng import derive, isolated
 from .share import shortened
-from .state import State, computed
+from .state import State
 from .wants import decide, wants
 from .wrapped import each_alone
 
@@ -70,13 +70,8 @@ def evaluate(loop: Session, loss_fn: Any, loader: Any, prefix: str, may_leave: b
             if count and not found:  # of all ranks: every loss_fn gives a loss, which is taken wherever the weight is above 0
                 raise ValueError(f"the weights of the {prefix.rstrip('_')} loader's batches sum to 0, so that there is no mean to "
                                  "report; look at weigh= and at the data, or leave the loader out")  # fmt: skip
-            if twice := sorted(found.keys() & state._logged.keys()):
-                raise ValueError(f"{prefix + twice[0]!r} is given twice: loss_fn returns {twice[0]!r}, and a callback, such as "
-                                 "Metrics, logs what it names so: rename one of them")  # fmt: skip
-            logged = {name: computed(name, value) if callable(value) else value for name, value in state._logged.items()}
-            found |= state.ranks.averaged(
-                {name: number(prefix + name, value) for name, value in logged.items()}, "ends an evaluation"
-            )
+            more = logged(state._logged, found, "loss_fn returns {!r}", prefix)
+            found |= state.ranks.averaged(more, "ends an evaluation")
         finally:
             state._logged, state._evaluating = outer, False
             for module, training in modes:

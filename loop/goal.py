@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from .checks import say
 
 if TYPE_CHECKING:
     from .state import State
@@ -86,6 +89,31 @@ def plain(value: Any) -> Any:
     if type(value) in (float, int, bool) or isinstance(value, Tensor) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def logged(values: Mapping[str, Any], taken: Collection[str], whose: str, prefix: str = "") -> dict[str, float]:
+    """Return what was logged as floats, functions called, of which one may give names of its own to several.
+
+    An error in one names the metric. Raises ValueError for a name that another has, or that is `taken`: `whose` says by what.
+    """
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if callable(value):
+            try:
+                value = value()
+            except Exception as error:
+                say(error, f"in computing the logged metric {name!r}")
+                raise
+        for one, given in value.items() if isinstance(value, Mapping) else [(name, value)]:
+            if not isinstance(one, str):
+                raise TypeError(f"the function logged as {name!r} must map names to numbers; {one!r} is no name")
+            if one in taken or one in found:
+                both = "callbacks, such as Metrics, log two metrics that they name so"
+                if one in taken:
+                    both = f"{whose.format(one)}, and a callback, such as Metrics, logs what it names so"
+                raise ValueError(f"{prefix + one!r} is given twice: {both}: rename one of them")
+            found[one] = number(f"{prefix}{one}", given)
+    return found
 
 
 class Tracker:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .checks import say
 from .factors import Asked, Factor, checked, multiply, put_back, rates_of
-from .goal import number, plain
+from .goal import logged, number, plain
 from .groups import Group, check_rated, own_rates
 from .micro_end import MicroEnd
 from .ranks import Ranks
@@ -178,7 +177,10 @@ class State:
         self._saves.append(reason)
 
     def log(self, name: str, value: float | Tensor | Callable[[], Any]) -> None:
-        """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported."""
+        """Put a number or 0-d tensor into `state.metrics`; a function is called when metrics are next reported.
+
+        The function gives one number, or a mapping of names to several, which then stand under these in place of `name`.
+        """
         value = plain(value)
         if not (callable(value) or isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dim())):
             raise TypeError(f"log({name!r}) takes a number, a 0-d tensor or a function that gives one, not {value!r:.60}")
@@ -202,15 +204,13 @@ class State:
             raise TypeError(f"metrics must map names to numbers; {odd[0]!r} is no name")
         found = {name: number(name, value) for name, value in metrics.items()}
         functions = {name: value for name, value in self._logged.items() if callable(value)}
-        if twice := sorted(found.keys() & functions.keys()):
-            raise ValueError(f"{twice[0]!r} is given twice: it is reported, and a callback, such as Metrics, logs what it names "
-                             "so: rename one of them")  # fmt: skip
         for name in self.reported:
             self.metrics.pop(name, None)
         self.metrics.update(found)
         self.reported = set(found)
-        self.metrics.update({name: number(name, computed(name, value)) for name, value in functions.items()})
-        self.reported, self.reported_at, self._logged = {*found, *functions}, self.step, {}
+        more = logged(functions, found, "it is reported")
+        self.metrics.update(more)
+        self.reported, self.reported_at, self._logged = {*found, *more}, self.step, {}
 
     def scale_rate(self, factor: float, group: Group | int | None = None) -> None:
         """Multiply the rate of this update (of one parameter group, or all) by `factor`; it is put back after."""
@@ -287,12 +287,3 @@ def values_of(x: Tensor) -> Tensor:
         return x
     values = x.coalesce().values()
     return values if values.numel() else values.new_zeros(1)
-
-
-def computed(name: str, value: Callable[[], Any]) -> Any:
-    """Return what a logged function gives; an error in it names the metric."""
-    try:
-        return value()
-    except Exception as error:
-        say(error, f"in computing the logged metric {name!r}")
-        raise

@@ -9,8 +9,14 @@ import pytest
 import torch
 from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
-from torchmetrics.wrappers import LambdaInputTransformer, Running
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassROC,
+)
+from torchmetrics.wrappers import ClasswiseWrapper, LambdaInputTransformer, MinMaxMetric, Running
 
 from hookloop.callbacks import Checkpoint, GradientAccumulation, Metrics, MicroBatch, Seed
 from hookloop.loop import Callback, Loop, State
@@ -226,6 +232,70 @@ def test_a_name_that_loss_fn_gives_too_is_an_error(form: Any, name: str) -> None
         assert 0 <= metrics["train_acc"] <= 1
 
 
+class Counted(MulticlassAccuracy):
+    """The accuracy of each class, which knows how often it was computed."""
+
+    def __init__(self) -> None:
+        super().__init__(3, average=None)
+        self.computed: list[int] = []
+
+    def compute(self) -> torch.Tensor:
+        self.computed.append(1)
+        return super().compute()
+
+
+def several() -> dict[str, Metric]:
+    return {
+        "each": Counted(),
+        "acc": ClasswiseWrapper(MulticlassAccuracy(3, average=None), labels=["cat", "dog", "emu"], prefix="acc_"),
+        "m": MinMaxMetric(MulticlassAccuracy(3)),
+        "wise": ClasswiseWrapper(MulticlassAccuracy(3, average=None)),
+    }
+
+
+NAMES = {"each_0", "each_1", "each_2", "acc_cat", "acc_dog", "acc_emu", "m_raw", "m_max", "m_min",
+         *(f"wise_multiclassaccuracy_{i}" for i in range(3))}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_numbers_of_a_metric_are_reported_by_name(form: Any) -> None:
+    """As torchmetrics gives them by hand, over validation and training, computed once a report."""
+    model, seen = net(), []
+
+    class Watch(Callback):
+        def on_micro_end(self, state: State) -> None:
+            if state.micro.training:
+                seen.append((state.micro.outputs["preds"], state.micro.outputs["target"]))
+
+    metrics = Metrics(MetricCollection(several(), compute_groups=False), training=True)
+    state = form(Loop(model, adamw(model), [metrics, Watch()]), plain, loader(), loader(40, 16), epochs=1)
+    assert state.reported == {"val_loss", *(f"{split}_{name}" for split in ("val", "train") for name in NAMES)}
+    data, whole = Samples(40), MulticlassAccuracy(3, average=None)
+    with torch.no_grad():
+        expected = {"val": whole(model.eval()(data.x), data.y)}
+    expected["train"] = MulticlassAccuracy(3, average=None)(*(torch.cat(part) for part in zip(*seen, strict=True)))
+    for split, three in expected.items():
+        for i, animal in enumerate(("cat", "dog", "emu")):
+            for name in (f"each_{i}", f"acc_{animal}", f"wise_multiclassaccuracy_{i}"):
+                assert state.metrics[f"{split}_{name}"] == pytest.approx(float(three[i]), rel=1e-6)
+        assert state.metrics[f"{split}_m_raw"] == state.metrics[f"{split}_m_max"] == state.metrics[f"{split}_m_min"]
+        assert state.metrics[f"{split}_m_raw"] == pytest.approx(float(three.mean()), rel=1e-6)
+    assert len(metrics.validation["each"].computed) == len(metrics.training["each"].computed) == 1
+
+
+def test_names_of_several_numbers_that_collide_are_an_error() -> None:
+    def run(metrics: Metrics, lf: Any = plain) -> None:
+        model = net()
+        built_in(Loop(model, adamw(model), [metrics]), lf, loader(), loader(), epochs=1)
+
+    each = {"each": MulticlassAccuracy(3, average=None)}
+    with pytest.raises(ValueError, match="'val_each_0' is given twice: callbacks, such as Metrics, log two metrics"):
+        run(Metrics({**each, "each_0": MulticlassAccuracy(3)}))
+    with pytest.raises(ValueError, match="'val_each_0' is given twice: loss_fn returns 'each_0', and a callback"):
+        run(Metrics(each), lambda m, b: {**plain(m, b), "each_0": torch.tensor(1.0)})
+    run(Metrics(each), lambda m, b: {**plain(m, b), "each": torch.tensor(1.0)})
+
+
 def test_errors() -> None:
     with pytest.raises(TypeError, match=r"must be a torchmetrics\.Metric, not int"):
         Metrics({"acc": 3})
@@ -237,7 +307,12 @@ def test_errors() -> None:
     loop = Loop(model, adamw(model), [Metrics(two())])
     with pytest.raises(KeyError, match="Metrics needs loss_fn to return 'preds' and 'target'"):
         built_in(loop, lambda m, b: loss_fn(m, b)["loss"], loader(), loader(), epochs=1)
+    words = r"Metrics can't report 'm': MulticlassConfusionMatrix computes a Tensor of shape \(3, 3\); give one that computes"
+    with pytest.raises(TypeError, match=words):
+        Metrics({"m": MulticlassConfusionMatrix(3)})
+    with pytest.raises(TypeError, match=r"Metrics can't report 'roc': MulticlassROC computes a tuple"):
+        Metrics(MetricCollection({"roc": MulticlassROC(3, thresholds=5)}), training=True)
     model = net()
-    loop = Loop(model, adamw(model), [Metrics({"each": MulticlassAccuracy(3, average=None)})])
-    with pytest.raises(TypeError, match=r"'val_each' must be one number, not Tensor of shape \(3,\)"):
+    loop = Loop(model, adamw(model), [Metrics({"roc": MulticlassROC(3)})])  # which can't be told from one of numbers unfed
+    with pytest.raises(TypeError, match=r"Metrics can't report 'roc': MulticlassROC computes a tuple"):
         built_in(loop, loss_fn, loader(), loader(), epochs=1)

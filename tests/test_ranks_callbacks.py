@@ -13,6 +13,7 @@ import torch
 from helpers import FORMS, Patient, Reported, Samples, built_in, net, with_losses
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.wrappers import MinMaxMetric
 
 from hookloop.callbacks import (
     Average,
@@ -220,3 +221,22 @@ def test_es5_batches_grow_alike_and_time_passes_alike(tmp_path: Path, how: str) 
         assert first[name][0] == second[name][0], name
         assert all(torch.equal(value, second[name][1][n]) for n, value in first[name][1].items()), name
     assert len(set(first["goal"][0])) > 1
+
+
+def of_each_class(rank: int, world: int) -> dict[str, float]:
+    both = {"each": MulticlassAccuracy(3, average=None), "m": MinMaxMetric(MulticlassAccuracy(3))}
+    if rank == 0:
+        Metrics(both)  # on one rank alone, which waits for no other
+    model = many.wrap(net(torch.float64, noise=False), "ddp")
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [Seed(2), Metrics(both, training=True)])
+    state = built_in(loop, with_losses, loader(rank, world), loader(rank, world, 100), epochs=1)
+    return {name: state.metrics[name] for name in state.reported if "each" in name or "m_" in name}
+
+
+def test_several_numbers_of_a_metric_are_over_all_ranks() -> None:
+    first, second = many.values(of_each_class, 2)
+    assert first == second
+    for split in ("val", "train"):
+        mean = sum(first[f"{split}_each_{i}"] for i in range(3)) / 3
+        assert mean == pytest.approx(first[f"{split}_m_raw"], rel=1e-6)
+    assert len(first) == 12
