@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ..loop.callback import Callback
@@ -23,9 +23,10 @@ class Average(Callback):
     update from update `start` on (below 1: a share of the run). `batch_norm`: "average" treats running statistics as weights,
     "measure" sends the update's last micro-batch through the averaged model by `forward(model, batch)` (`model(batch[0])`);
     norms in eval mode while training, other buffers and modules' extra states are copied; plain attributes stay as they were
-    at the first, so what is annealed belongs into a buffer. `model` is the averaged model, None before the first; EarlyStopping
-    keeps and restores what was validated, so averaged weights. A checkpoint holds them in `state.pt`, as
-    `["callbacks"]["Average"]["model"]`: its `model.pt` is what trains on. Raises ValueError for bad settings and unknown ends.
+    at the first, so what is annealed belongs into a buffer. Of weights of fewer than 4 bytes the mean is taken in float32, and
+    rounded. `model` is the averaged model, None before the first; EarlyStopping keeps and restores what was validated, so
+    averaged weights. A checkpoint holds them in `state.pt`, as `["callbacks"]["Average"]["model"]`: its `model.pt` is what
+    trains on. Raises ValueError for bad settings and unknown ends.
     (Polyak and Juditsky 1992; Izmailov et al. 2018, https://arxiv.org/abs/1803.05407)
     """
 
@@ -38,6 +39,7 @@ class Average(Callback):
         self.batch_norm, self.forward = batch_norm, forward or first_argument
         self.model: nn.Module | None = None
         self._named: Named | None = None
+        self._wide: dict[str, Tensor] = {}  # the means that the averaged model, of a type of few bits, holds rounded
         self._average = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
         self._batch: tuple[int, Any] = -1, None  # the update's last, and which try of an update it was
         self._saved: dict[str, Any] | None = None
@@ -49,7 +51,7 @@ class Average(Callback):
         state.at_enter.append(lambda: self._go_on(state))  # an evaluation may come before on_fit_start
 
         def put(saved: dict[str, Any]) -> None:
-            self.count = saved["count"]
+            self.count, self._wide = saved["count"], saved.get("wide", {})
             if saved["model"] is None:
                 self.model = self._named = state.eval_model = None
             elif self._named is not None:
@@ -71,7 +73,7 @@ class Average(Callback):
         if saved is not None and fits(Named(state.model, state.optimizer).model_misfits(saved)):
             self._make(state).load_model(saved)
         elif saved is not None:
-            self.count = 0
+            self.count, self._wide = 0, {}
 
     def _make(self, state: State) -> Named:
         self.model = state.eval_model = copied(bare(state.model)).requires_grad_(False).eval()
@@ -97,23 +99,21 @@ class Average(Callback):
         if (pairs := paired(average, model)) is None:  # pruned, say
             pairs = carried(average, average := self._make(state).model, model)
         norms = to_measure(average, model) if self.batch_norm == "measure" else []
-        if not first:
-            take_in(self._average, average, model, pairs, self.count, norms)
+        if not first and self._named is not None:
+            self._wide = take_in(self._average, self._named, model, pairs, self.count, norms, self._wide)
         self.count += 1
         state.log("averaged", self.count)
         if norms and (batch is not None or state.loader is None):  # a rank without data measures nothing
-            if batch is None:
-                raise ValueError("Average saw no micro-batch of this update, as around your loop: take batch_norm='average'")
             measure(state, self.forward, average, norms, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average, of how many, and of what kind."""
         model = self._saved if self._named is None else dict(self._named.model_state())
-        return {"kind": self.kind, "count": self.count, "from": self._from, "model": model}
+        return {"kind": self.kind, "count": self.count, "from": self._from, "model": model, "wide": self._wide}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back; raises ValueError for an average of another kind."""
         if (kind := state.get("kind", self.kind)) != self.kind:  # the one goes on from no value of the other
             raise ValueError(f"it averages by {self.kind!r} here and by {kind!r} in the checkpoint")
-        self.count, self._saved = state["count"], state["model"]
+        self.count, self._saved, self._wide = state["count"], state["model"], copied(state.get("wide", {}))
         self._from = self._from if isinstance(self.start, int) else state["from"]

@@ -197,6 +197,67 @@ def test_around_a_loop_and_without_one() -> None:
     assert alone.count == 3
 
 
+def low(dtype: torch.dtype, *own: Callback, epochs: int = 3, **kwargs: Any) -> Loop:
+    """Training in a type of few bits, beside a layer in float32."""
+    first = Seed(3)
+    model = net(seed=5).to(dtype)
+    model[4].float()
+    forward = model[4].forward
+    model[4].forward = lambda x: forward(x.float())
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [first, *own], **kwargs)
+    loop.fit(lambda m, b: loss_fn(m, (b[0].to(dtype), b[1])), loader(160, 8), loader(16, 8, shuffle=False), epochs=epochs)
+    return loop
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_the_mean_of_weights_of_few_bits_does_not_stand_still(kind: str, dtype: torch.dtype) -> None:
+    """A step of it is below what they can hold beside their values: the mean in float64, rounded once."""
+    average, weights = Average(kind, decay=0.999), Weights()
+    low(dtype, average, weights)
+    assert average.model is not None
+    expected = {name: x.double() for name, x in weights.seen[0].items()}
+    for count, one in enumerate(weights.seen[1:], 1):
+        part = 0.001 if kind == "ema" else 1 / (count + 1)
+        expected = {name: x.lerp(one[name].double(), part) for name, x in expected.items()}
+    moved = 0
+    for name, x in average.model.state_dict().items():
+        if x.is_floating_point():
+            assert x.dtype == weights.seen[0][name].dtype
+            assert torch.allclose(x.double(), expected[name], rtol=torch.finfo(x.dtype).eps, atol=1e-7), name
+            moved += int((x != weights.seen[0][name]).sum())
+    assert moved > 20
+
+
+@pytest.mark.parametrize("how", ["killed", "rolled back"])
+def test_the_mean_of_weights_of_few_bits_goes_on_to_the_bit(how: str, tmp_path: Path) -> None:
+    def go(folder: Path, at: int | None) -> dict[str, torch.Tensor]:
+        own = [average := Average("swa"), Checkpoint(folder, every=1), KillAt(at)]
+        more = [Spoil(), NonFinite("rollback", every=10, factor=1)] if how == "rolled back" else []
+        low(torch.bfloat16, *own, *more, epochs=1, resume=folder)
+        assert average.model is not None
+        return {**average.model.state_dict(), **{f"wide {name}": x for name, x in average.state_dict()["wide"].items()}}
+
+    expected = go(tmp_path / "a", None)
+    assert sum(name.startswith("wide") for name in expected) == 6
+    with pytest.raises(Killed):
+        go(tmp_path / "b", 11)
+    assert_same_bits(expected, go(tmp_path / "b", None))
+
+
+def test_the_mean_of_weights_of_few_bits_from_a_checkpoint_of_before() -> None:
+    old = low(torch.bfloat16, Average("swa"), epochs=1).callbacks[-1].state_dict()
+    again, weights = Average("swa"), Weights()
+    again.load_state_dict({name: value for name, value in old.items() if name != "wide"})
+    low(torch.bfloat16, again, weights, epochs=1)
+    assert again.count == 2 * old["count"] == 40
+    for name, x in again.state_dict()["wide"].items():
+        expected = old["model"][name].double()
+        for count, one in enumerate(weights.seen, 20):
+            expected = expected.lerp(one[name].double(), 1 / (count + 1))
+        assert torch.allclose(x.double(), expected, atol=1e-6), name
+
+
 class Masked(nn.Module):
     """A mask by infinities, and a number that each forward sets anew."""
 
