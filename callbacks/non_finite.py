@@ -1,28 +1,26 @@
 """NonFinite: numbers that are not finite are kept from the weights."""
 
-import logging
 from typing import Any
 
 from torch import Tensor
 
 from ..loop.callback import Callback
 from ..loop.checks import among, share, whole
-from ..loop.finite import names, spoilt, statistics, verdicts, watched
+from ..loop.finite import infinite, listed, made, statistics, told, verdicts, watched
 from ..loop.host import HostCopy
-from ..loop.kept import Kept, put_back
+from ..loop.kept import BadUpdates, Kept
 from ..loop.state import State
 
-log = logging.getLogger("hookloop")
 
-
-class NonFinite(Callback):
+class NonFinite(BadUpdates, Callback):
     """Keeps an update with a loss, gradient or buffer that is not finite from the weights, as `action` says.
 
     "stop" raises FloatingPointError; on a device the verdict is read when it has arrived, at the latest before the next
     update, a save or the end, so that one bad update may have been applied. "skip" drops the update and puts buffers back.
     "rollback" goes back to weights, buffers and optimizer state as every `every`-th step began with them (on the host: as
     much memory again), all rates times `factor` from then on; data and counts go on. After `patience` bad updates in a row
-    either raises. Both read a verdict an update, which with a fused optimizer waits for no more than the gradients.
+    either raises. Both read a verdict an update, which with a fused optimizer waits for no more than the gradients. Weights
+    that finite gradients spoilt are found before a save and at the end: "rollback" goes back then, the others raise.
     """
 
     beside, optional = ("kept",), ("on_micro_end",)
@@ -33,16 +31,17 @@ class NonFinite(Callback):
         whole("every", every, 1, none=False)
         share("factor", factor)
         self.action, self.patience, self.every, self.factor = action, patience, every, factor
-        self.scale, self.row = 1.0, 0
         self._kept, self._host = Kept(every) if action == "rollback" else None, HostCopy()
         self._loss: Tensor | None = None
         self._buffers: set[str] | None = None
+        self._by_design: set[str] = set()
         self._state: State | None = None
 
     def on_setup(self, state: State) -> None:
         """Have gradients checked when they are as the optimizer gets them, and all kept from before a step's first forward."""
         state.checks.append(self._check)
         state.before.append(self._before)
+        state.before_save.append(self._whole)
         state.keep_buffers |= self.action == "skip" or state.scaler is not None  # which skips by itself
         self._state = state
 
@@ -52,7 +51,9 @@ class NonFinite(Callback):
             self._kept.begin(state, self.factor < 1)
 
     def _before(self, state: State) -> None:
-        self._state, self._loss, self._buffers = state, None, statistics(state) if self._buffers is None else self._buffers
+        self._state, self._loss = state, None
+        if self._buffers is None:
+            self._buffers, self._by_design = statistics(state), infinite(state)
         if self._kept is not None:
             self._kept.look(state, self._buffers)
 
@@ -82,22 +83,19 @@ class NonFinite(Callback):
     def _read(self, state: State, all: bool = True) -> str | None:
         for (step, owners), found in self._host.take(all):
             flags: Any = found["good"]
-            self.row = self.row + 1 if False in flags else 0
-            if not self.row:
+            if False not in flags:
+                self.row, self.before = 0, self.row
                 continue
-            bad = [name for name, good in zip(names(state, owners), flags, strict=True) if not good]
-            bad = spoilt(state) + bad if state.step == step else bad + spoilt(state)  # the cause, where this update isn't
-            text = f"not finite in update {step + 1}: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
-            if self.action == "stop" or self.row >= self.patience:
-                rows = f" ({self.row} bad updates in a row: patience={self.patience})"
-                raise FloatingPointError(text if self.action == "stop" else text + rows)
-            if self._kept is not None and self._kept.data is not None:
-                put_back(state, self._kept.data)
-                self.scale *= self.factor
-                text += f"; back to the weights of update {self._kept.data['step']}, rates times {self.scale:g}"
-            log.warning("%s", text if "; back" in text else f"{text}; the update is skipped")
-            return text
+            text = f"not finite in update {step + 1}: {told(state, step, owners, flags)}"
+            if self.action == "stop":
+                raise FloatingPointError(text)
+            return self.bad(state, text, bool(made(state, self._by_design, "applies an update")))
         return None
+
+    def _whole(self, state: State) -> None:
+        self._read(state)
+        if bad := made(state, self._by_design, "saves"):
+            self.bad(state, f"not finite after update {state.step}: {listed(bad)}", applied=True)
 
     def on_fit_end(self, state: State) -> None:
         """Read the last verdict."""
@@ -108,13 +106,14 @@ class NonFinite(Callback):
         """Return, once the last verdict is read, the rates' scale, bad updates in a row, what to go back to."""
         if self._state is not None:
             self._read(self._state)
-        return {"action": self.action, "scale": self.scale, "row": self.row, "kept": self._kept and self._kept.data}
+        kept = self._kept and self._kept.data
+        return {"action": self.action, "scale": self.scale, "row": self.row, "before": self.before, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them back; raises ValueError where rollbacks lowered rates and `action` is another now."""
         if state["action"] != self.action and state["scale"] != 1.0:
             raise ValueError(f"action={self.action!r}, and rollbacks before it have multiplied the rates by {state['scale']:g}: "
                              "go on with action='rollback', or with rates of your own choice")  # fmt: skip
-        self.scale, self.row = state["scale"], state["row"]
+        self.scale, self.row, self.before = state["scale"], state["row"], state.get("before", 0)
         if self._kept is not None and self._state is not None:
             self._kept.restore(self._state, state["kept"])

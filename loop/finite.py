@@ -41,10 +41,41 @@ def names(state: State, owners: Iterable[str | Tensor]) -> list[str]:
     return [owner if isinstance(owner, str) else f"the gradient of {held.get(id(owner))}" for owner in owners]
 
 
+def listed(bad: list[str]) -> str:
+    """Return what is not finite, the first of it by name."""
+    return f"{', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
+
+
 def spoilt(state: State) -> list[str]:
     """Return which weights are not finite; waits for the device."""
     held = {name: numbers_of(p) for name, p in state.model.named_parameters()}
     return [f"{name} itself" for name, p in held.items() if p is not None and not p.is_meta and not p.isfinite().all()]
+
+
+def told(state: State, step: int, owners: Iterable[str | Tensor], flags: Iterable[bool]) -> str:
+    """Return what an update's verdicts found, and which weights are not finite; waits for the device."""
+    bad = [name for name, good in zip(names(state, owners), flags, strict=True) if not good]
+    return listed(spoilt(state) + bad if state.step == step else bad + spoilt(state))  # the cause, where this update isn't
+
+
+def trained(state: State) -> dict[str, Tensor]:
+    """Return the weights that an update may spoil."""
+    held = {name: numbers_of(p) for name, p in state.model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in held.items() if p is not None and not p.is_meta}
+
+
+def infinite(state: State) -> set[str]:
+    """Return the weights that hold infinities by design, as a mask does: those that do before the first step."""
+    return {name for name, p in trained(state).items() if p.isinf().any() and not p.isnan().any()}
+
+
+def made(state: State, by_design: Container[str], kind: str) -> list[str]:
+    """Return which weights updates made not finite, on any rank; waits once for the device."""
+    held = {name: p for name, p in trained(state).items() if name not in by_design}
+    bad = [f"{name} itself" for name, good in zip(held, finite(held.values()).tolist(), strict=True) if not good]
+    if state.ranks.sharded and not state.ranks.smallest(not bad, kind):  # else all ranks hold the same
+        return bad or ["what another rank holds"]
+    return bad
 
 
 def statistics(state: State) -> set[str]:

@@ -57,6 +57,34 @@ class Kept:
             self.data, self.at, self.restored, self.optimizer = data, data["step"], True, state.optimizer
 
 
+class BadUpdates:
+    """What is done about updates that are bad: an error, the way back, or a word in the log of what is left out."""
+
+    action: str
+    patience: int
+    factor: float
+    scale, row, before = 1.0, 0, 0  # of the rates; bad updates in a row now, and before the last good verdict
+    _kept: Kept | None
+
+    def bad(self, state: State, text: str, spoilt: bool = False, applied: bool = False) -> str:
+        """Raise, or go back, and return that in words; `applied`: it can't be left out any more.
+
+        `spoilt`: the weights are what is bad, so the update before was bad too, whatever its gradients were.
+        """
+        self.row, self.before = max(self.row, self.before if spoilt or applied else 0) + 1, 0
+        back = None if self._kept is None else self._kept.data
+        if applied and back is None:
+            raise FloatingPointError(text)
+        if self.row >= self.patience:
+            raise FloatingPointError(f"{text} ({self.row} bad updates in a row: patience={self.patience})")
+        if back is not None:
+            put_back(state, back)
+            self.scale *= self.factor
+            text += f"; back to the weights of update {back['step']}, rates times {self.scale:g}"
+        log.warning("%s", text if back is not None else f"{text}; the update is skipped")
+        return text
+
+
 def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
     """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite."""
     named, copies = Named(shaped(state.model), state.optimizer), Copies()

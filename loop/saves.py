@@ -59,12 +59,18 @@ class Saves(Dispatch):
         """Ask for a save of where the run stands, unless all writers have it on the disk."""
         self._check_whole()
         state, found = self.state, dict[Any, int]()
+        self._judge()
         for write in state.writers:
             whole = write(state, [], lambda: capture(cast("Session", self)))
             found[write] = state.ranks.smallest(self._written.get(write, self._saved_at) if whole else -1, "saves")
         self._written = found
         if any(step != state.step for step in found.values()):
             state._due.append("end")
+
+    def _judge(self) -> None:
+        """Let callbacks mend or refuse what is about to be saved, or to be left with."""
+        for act in self.state.before_save:
+            act(self.state)
 
     def _flush(self) -> None:
         """Write the checkpoint that hooks asked for, once all of them have run; of several ranks, once all agreed to."""
@@ -73,6 +79,8 @@ class Saves(Dispatch):
         if not state.ranks.together:
             asked, state._saves = asked + state._saves, []
         state._due = []
+        if asked and state.writers:
+            self._judge()
         for write in state.writers if asked else ():
             at_end = self._written.get(write) == state.step  # so that "end" is another writer's
             reasons = [why for why in concerning(write, state.writers, asked) if why != "end" or not at_end]

@@ -132,6 +132,7 @@ class Session(Saves, Forward):
                     callback._used = True
                 check_parameters(state.model, state.optimizer)
                 state.writers, state.checks, state.before, state.after, state.accepts = [], [], [], [], []  # of one that failed
+                state.before_save = []
                 state.exchanged = [functools.partial(follow, weakref.ref(self))]
                 self._run("on_setup")
                 self.settings, self.wrapping = Named(state.model, state.optimizer).options(), wrapping(state.model)

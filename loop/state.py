@@ -76,6 +76,7 @@ class State:
     checks: list[Callable[[State], None]] = field(default_factory=list)  # run when gradients are as the optimizer gets them
     before: list[Callable[[State], None]] = field(default_factory=list)  # before a step's first forward, once hooks have run
     after: list[Callable[[State], None]] = field(default_factory=list)  # of each applied update, once hooks have run
+    before_save: list[Callable[[State], None]] = field(default_factory=list)  # and at the end: raise or go back
     accepts: list[Callable[[Optimizer], None]] = field(default_factory=list)  # raise for one that could not take over
     exchanged: list[Callable[[State], None]] = field(default_factory=list)  # told when another optimizer has
     along: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = field(default_factory=dict)  # kept with the weights

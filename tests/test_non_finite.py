@@ -1199,3 +1199,80 @@ def test_an_update_that_a_scaler_leaves_out_leaves_no_infinity_in_buffers(action
     assert math.isfinite(state.metrics["val_loss"])
     saved = torch.load(next(tmp_path.glob("step-*")) / "model.pt", weights_only=True)
     assert all(value.isfinite().all() for value in saved.values())
+
+
+class Steep(nn.Linear):
+    """One weight, whose gradient is the batch's mean: with a rate of 1000 one batch moves it by 1, the other to -infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, bias=False)
+        nn.init.zeros_(self.weight)
+
+
+FLAT, CLIFF = torch.full((4, 1), 1e-3), torch.full((4, 1), 1e36)
+
+
+def steep(form: Any, data: Any, *callbacks: Callback) -> State:
+    model = Steep()
+    loop = Loop(model, torch.optim.SGD(model.parameters(), lr=1000), callbacks)
+    form(loop, lambda m, x: m(x).mean(), data, epochs=1)
+    return loop.state
+
+
+def saved(folder: Path) -> dict[int, float]:
+    return {int(path.name[5:13]): torch.load(path / "model.pt")["weight"].item() for path in sorted(folder.glob("step-*"))}
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+@pytest.mark.parametrize("form", FORMS)
+def test_st2_weights_that_finite_gradients_spoil_are_not_saved(form: Any, action: str, tmp_path: Path) -> None:
+    data = [FLAT, FLAT, CLIFF, FLAT]
+    with pytest.raises(FloatingPointError, match=r"^not finite after update 3: weight itself\n") as caught:
+        steep(form, data, NonFinite(action), Checkpoint(tmp_path, every=1, keep=None))
+    assert saved(tmp_path) == {1: pytest.approx(-1), 2: pytest.approx(-2)}
+    assert caught.value.__notes__ == [f"the last checkpoint is {tmp_path / 'step-00000002'}"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_st2_weights_that_finite_gradients_spoil_are_not_saved_but_rolled_back(form: Any, tmp_path: Path, caplog: Any) -> None:
+    for order in (1, -1):
+        folder = tmp_path / str(order)
+        own = [NonFinite("rollback", every=1), Checkpoint(folder, every=1, keep=None)]
+        state = steep(form, [FLAT, FLAT, CLIFF, FLAT], *own[::order])
+        assert (state.step, state.skipped) == (4, 0)
+        assert saved(folder) == {step: pytest.approx(w) for step, w in {1: -1, 2: -2, 3: -2, 4: -2.5}.items()}
+        assert [r.getMessage() for r in caplog.records] == [
+            "not finite after update 3: weight itself; back to the weights of update 2, rates times 0.5"]  # fmt: skip
+        caplog.clear()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_st2_weights_that_the_last_update_spoils_are_not_left_with(form: Any) -> None:
+    for action in ("stop", "skip"):
+        with pytest.raises(FloatingPointError, match="not finite after update 2: weight itself"):
+            steep(form, [FLAT, CLIFF], NonFinite(action))
+    assert steep(form, [FLAT, CLIFF], NonFinite("rollback", every=1)).model.weight.item() == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_st5_an_update_that_spoilt_the_weights_ends_no_row(form: Any, tmp_path: Path) -> None:
+    """Its own verdict was good: only the next update, or a save, shows what it did."""
+    own = NonFinite("rollback", 3, every=1, factor=1)
+    with pytest.raises(FloatingPointError, match=r"in update 4: weight itself, .*\(3 bad updates in a row: patience=3\)"):
+        steep(form, [CLIFF] * 10, own)
+    with pytest.raises(FloatingPointError, match=r"after update 3: weight itself \(3 bad updates in a row: patience=3\)"):
+        steep(form, [CLIFF] * 10, NonFinite("rollback", 3, every=1, factor=1), Checkpoint(tmp_path, every=1))
+    assert saved(tmp_path) == {1: 0.0, 2: 0.0}
+    # one that is good ends it
+    state = steep(form, [CLIFF, FLAT, FLAT, FLAT] * 5, own := NonFinite("rollback", 2, every=1, factor=1))
+    assert (state.step, state.skipped, own.row) == (15, 5, 0)
+
+
+@pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
+def test_st4_a_weight_that_holds_infinities_by_design_may_be_saved(action: str, tmp_path: Path) -> None:
+    model, optimizer = made("adamw")
+    with torch.no_grad():
+        model.unused[0] = -INF
+    state = built_in(Loop(model, optimizer, [NonFinite(action), Checkpoint(tmp_path, every=2)]), clean, batches(), epochs=1)
+    assert (state.step, state.skipped) == (COUNT, 0)
+    assert torch.load(tmp_path / f"step-{COUNT:08}" / "model.pt")["unused"][0] == -INF
