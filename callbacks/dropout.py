@@ -15,9 +15,10 @@ Value = float | Mapping[int, float] | Callable[[float], float]
 
 
 def modules_that_drop(model: nn.Module) -> dict[nn.Module, str]:
-    """Return each module that drops, and the name of the attribute that says how much."""
+    """Return each module that drops, and the name of the attribute that says how much; a recurrent net drops between layers."""
     kinds = {nn.modules.dropout._DropoutNd: "p", nn.MultiheadAttention: "dropout", nn.RNNBase: "dropout"}
-    return {m: name for m in model.modules() for kind, name in kinds.items() if isinstance(m, kind)}
+    return {m: name for m in model.modules() for kind, name in kinds.items()
+            if isinstance(m, kind) and not (isinstance(m, nn.RNNBase) and m.num_layers == 1)}  # fmt: skip
 
 
 class Dropout(Callback):
@@ -26,10 +27,10 @@ class Dropout(Callback):
     `p`: a probability, `{epoch: p}` (from that epoch on; before the first, what the modules have), so that `{0: 0.3, 8: 0.0}`
     trains the last epochs without, or a function of the share of the run that is done (0 to 1), asked before each step.
     `modules`: rules (an expression found in a module's name, or its class or that of one around it) that choose among all
-    that drop: torch's dropout layers, attention, recurrent nets (a number that a class of your own gives to `F.dropout` is
-    out of reach: give it an `nn.Dropout`). Leaving a run puts back what they had. A compiled or
-    recorded model is made anew for each value: give those a table of few. Raises ValueError for bad values, rules that
-    match nothing, a model without dropout, and a function where the run's length is not known.
+    that drop: torch's dropout layers, attention, recurrent nets of several layers (a number that a class of your own gives to
+    `F.dropout` is out of reach: give it an `nn.Dropout`). Leaving a run puts back what they had. A compiled or recorded model
+    is made anew for each value: give those a table of few. Raises ValueError for bad values, rules that match nothing, a model
+    without dropout, and a function where the run's length is not known.
     (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html)
     """
 

@@ -94,6 +94,20 @@ def test_all_that_drops_is_found_and_chosen(modules: Any, expected: list[float])
     assert model.values() == before
 
 
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_net_drops_between_its_layers_alone(kind: Any) -> None:
+    one, two = kind(6, 4), kind(6, 4, 2)
+    with pytest.raises(ValueError, match="has no dropout to set"):
+        run_with(one, Dropout(0.9))
+    with pytest.raises(ValueError, match="modules has '0', which matches nothing"):
+        run_with(nn.ModuleList([one, two]), Dropout(0.9, "0"))
+    run_with(nn.ModuleList([one, two]), own := Dropout(0.9))
+    own.on_step_start(State(two, torch.optim.SGD(two.parameters(), lr=0.1)))
+    assert (one.dropout, two.dropout) == (0, 0.9)
+    x = torch.randn(5, 3, 6)
+    assert not torch.equal(two(x)[0], two(x)[0])
+
+
 @pytest.mark.parametrize("kill", [1, 11])
 @pytest.mark.parametrize("p", [{0: 0.6, 2: 0.1}, lambda done: 0.5 * done])
 def test_killed_and_resumed_it_is_the_same_run(p: Any, kill: int, tmp_path: Path) -> None:
