@@ -91,13 +91,12 @@ class Initialize(Callback):
 
 
 def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple[str, Tensor, Any]]:
-    """Return name, parameter and function, once for each parameter that a rule decides."""
-    (modules, parameters), found = named(model), dict[Tensor, tuple[str, Tensor, Any]]()
-    idle = set(rules)
+    """Return name, parameter and function, once for each parameter, by the first rule that matches any of its names."""
+    (modules, parameters), found = named(model), dict[Tensor, tuple[int, str, Any]]()
     for name, p in parameters.items():
         path, _, own = name.rpartition(".")
         owner, computes, _ = f".{name}".partition(".parametrizations.")
-        for rule, fill in rules.items():
+        for number, (rule, fill) in enumerate(rules.items()):
             if isinstance(rule, str):
                 hit, how = matches(rule, name, modules), fill
             elif computes and isinstance(modules[owner[1:]], rule):
@@ -105,12 +104,13 @@ def decide(model: nn.Module, rules: Mapping[Rule, Any], bias: Any) -> list[tuple
                                  f"that layer before it is parametrized, or name {name} before {rule.__name__}")  # fmt: skip
             else:
                 hit, how = isinstance(modules[path], rule), bias if "bias" in own else fill
-            if hit and how is not None:
-                found.setdefault(p, (name, p, how))
-                idle.discard(rule)
             if hit:
+                if p not in found or number < found[p][0]:
+                    found[p] = number, found[p][1] if p in found else name, how
                 break
-    for rule in (rule for rule in rules if rule in idle):
+    drawn = [(name, p, how) for p, (_, name, how) in found.items() if how is not None]
+    used = {number for number, _, how in found.values() if how is not None}
+    for rule in (rule for number, rule in enumerate(rules) if number not in used):
         raise ValueError(f"rules has {rule!r}, which decides nothing: rules before it match all that it does, or modules of this "
                          "class hold no weight themselves; put it first, or name the class of the layers inside")  # fmt: skip
-    return list(found.values())
+    return drawn

@@ -75,6 +75,24 @@ def test_tied_weights_are_drawn_once() -> None:
     assert calls == [9]
 
 
+def test_of_the_rules_for_a_tied_weight_the_first_decides_whatever_its_names_order() -> None:
+    def tied() -> nn.Module:
+        model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4), nn.Embedding(4, 3))
+        model[1].weight = model[0].weight
+        return model
+
+    for rules, first in (({nn.Linear: "zeros", nn.Embedding: "ones"}, 0.0), ({nn.Embedding: "ones", r"1\.bias": "zeros"}, 1.0),
+                         ({r"^1\.w": "zeros", nn.Embedding: "ones", nn.Linear: "ones"}, 0.0)):  # fmt: skip
+        model = tied()
+        start(model, Initialize(rules, bias="zeros"))
+        assert (model[0].weight.unique().tolist(), model[2].weight.unique().tolist()) == ([first], [1.0])
+    before = (model := tied()[:2])[0].weight.clone()
+    for rules in ({nn.Linear: "zeros", nn.Embedding: "ones"}, {nn.Embedding: "ones", r"1\.weight": "zeros"}):
+        with pytest.raises(ValueError, match=r"rules has .*(Embedding|1.*weight).*, which decides nothing"):
+            start(model, Initialize(rules))
+    assert torch.equal(model[0].weight, before)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_in_any_order_of_the_callbacks_and_before_the_first_step_only(form: Any) -> None:
     found = []
