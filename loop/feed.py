@@ -96,15 +96,14 @@ class Feed:
         self._start(epoch, seed, rank, seeds_samples, device)
 
     def _start(self, epoch: int, seed: int, rank: int, seeds_samples: bool, device: torch.device) -> None:
-        self._opened, self._ahead, offset, read = self.loader, [], self.offset, self.read
+        self._opened, self._source, self._ahead, offset, read = self.loader, iter(()), [], self.offset, self.read
         self._streams, self._base = [], derive(seed, "read", epoch, rank)
         if self._ended and self.begun and not read:  # an epoch of other ranks, that went to its end
-            self._source = iter(())
             return
         (kept, ended), self._kept, self._ended = self._kept or (None, False), None, False
         goes_on = self.stateful and says_where(kept) and (bool(read) or ended)
         if goes_on and ended and read:
-            self._source, self._kept, self._ended = iter(()), (kept, True), True  # the next epoch begins with it
+            self._kept, self._ended = (kept, True), True  # the next epoch begins with it
             return
         if goes_on and (read or not told_inside(self.loader)):
             self.loader.load_state_dict(kept)
@@ -120,10 +119,11 @@ class Feed:
             else:
                 with restarting(self.loader, not read):
                     self._source = self._reading(iter, self.loader)
-                if not (goes_on and read):
-                    # one that goes on by its own state draws its order in `iter`, and is not seeded again
-                    seed_streams(key if self.stateful else derive(seed, "first", epoch, rank), generators(device))
-                    self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
+                if not (goes_on and read):  # else it draws its order in `iter`, by its own state, and is not seeded again
+                    key = key if self.stateful else derive(seed, "first", epoch, rank)
+                    if self._begin(key, device) is END and goes_on:  # it rewinds in `iter`, not behind its last batch
+                        self._source = self._reading(iter, self.loader)
+                        self._begin(key, device)
         if self.order is None or not self.order.skips:
             if seeds_samples and self.order is None and not isinstance(self.loader, list | tuple):  # which may draw here
                 self._streams = generators(device)
@@ -134,6 +134,11 @@ class Feed:
             if offset < (chunk.size or 0):  # else all of it was used: the last one, which may be short, of another size
                 self.offset = offset
                 self.left = piece(chunk, offset, chunk.size or 0, self.cut)
+
+    def _begin(self, key: int, device: torch.device) -> Any:
+        seed_streams(key, generators(device))
+        self._ahead = [self._reading(next, self._source, END)]  # many draw their order with the first batch
+        return self._ahead[0]
 
     def _read_forward(self, count: int) -> None:
         """Read what the run has used already, and leave it out."""

@@ -217,7 +217,13 @@ class Loop(Updates):
             optimizer, before = self.state.optimizer, self.state.apply_rates()
             stood = moved(optimizer, self.optimizer_steps)
             try:
-                yield
+                try:
+                    yield
+                except BaseException as error:
+                    if moved(optimizer, self.optimizer_steps) != stood:
+                        self._cut_off(error)
+                    self.state.ranks.fail(error)  # whoever catches it is an update apart from the others
+                    raise
                 if before is not None:
                     check_rates(self.state)
             finally:
@@ -290,4 +296,5 @@ class Loop(Updates):
         self._run("on_validation_end")
         if self._begun and self.state.loader is None:  # around a loop of the user's own the next forward may change buffers
             self._written, self._saved_at = {}, -1  # none of these saves holds what callbacks made of the report
+            self._goes_on("reports")
             self._flush()

@@ -143,6 +143,7 @@ class Session(Saves, Forward):
             acts, state.at_enter = state.at_enter, []
             for act in acts:
                 act()
+            decide(state, "enters `with loop:`")  # a stop that stands from before stands for all
             self._before_forward()
         except BaseException:
             self.__exit__(*sys.exc_info())

@@ -64,10 +64,14 @@ class Updates(Session):
                 traceback.clear_frames(error.__traceback__)
                 kept.put_back()
                 return False
-            self._torn = True
-            say(error, "in the optimizer's step, which can't be redone: weights may be half updated; go on from the last "
-                           "checkpoint")  # fmt: skip
+            self._cut_off(error)
             raise
+
+    def _cut_off(self, error: BaseException) -> None:
+        """Have nobody go on behind an update that an error cut off."""
+        self._torn = True
+        say(error, "in the optimizer's step, which can't be redone: weights may be half updated; go on from the last "
+                       "checkpoint")  # fmt: skip
 
     def _count(self, samples: int, metrics: dict[str, Any], weight: float | Tensor) -> None:
         state = self.state

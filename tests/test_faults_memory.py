@@ -609,6 +609,30 @@ def test_oo2_an_update_cut_off_is_not_trained_on_nor_saved_by_who_catches_its_er
     assert [place.name[-1] for place in list_checkpoints(tmp_path)] == ["1"]
 
 
+def test_oo2_around_a_loop_of_ones_own_nor(tmp_path: Path) -> None:
+    """There an error before the optimizer did anything is the program's own, and it may go on."""
+    model = net()
+    optimizer, at = adamw(model), list[int]()
+    loop = Loop(model, optimizer, [Checkpoint(tmp_path, every=1, keep=None)])
+
+    def train() -> None:
+        with loop:
+            for number, batch in enumerate(loader(40, 8)):
+                loss_fn(model, batch)["loss"].backward()
+                with contextlib.suppress(ValueError), loop.updating():
+                    if number == 1:
+                        raise ValueError("before")
+                    optimizer.step()
+                    if number == 3:
+                        raise ValueError("behind")
+                at.append(loop.state.step)
+
+    with pytest.raises(RuntimeError, match="may be half updated"):
+        train()
+    assert at == [1, 1, 2, 2]
+    assert [place.name[-1] for place in list_checkpoints(tmp_path)] == ["1", "2"]
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError])
 def test_oo2_another_error_in_the_optimizers_step_passes_through(error: Any) -> None:
     """Also with rollback: repeating it would hide a fault that isn't memory's."""

@@ -350,7 +350,26 @@ def placed() -> Any:
         return StatefulDataLoader(Placed(), 4)
 
 
-@pytest.mark.parametrize("build", [placed, OwnOrder])
+class Rewinds:
+    """A loader that begins anew in `iter`, unless it was just told where to go on, and not behind its last batch."""
+
+    def __init__(self) -> None:
+        self.batches, self.at, self.told = list(DataLoader(Samples(28), 4)), 0, False
+
+    def __iter__(self) -> Iterator[Any]:
+        self.at, self.told = self.at if self.told else 0, False
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at, self.told = state["at"], True
+
+
+@pytest.mark.parametrize("build", [placed, OwnOrder, Rewinds])
 def test_rs3_a_stateful_loader_that_is_told_the_epoch(build: Any, tmp_path: Path) -> None:
     """Seven batches, two an update: the last of an epoch finds its end, so that its checkpoint says so."""
     built_in(expected := make(tmp_path, GradientAccumulation(2), log := Log()), loss_fn, build(), epochs=2)

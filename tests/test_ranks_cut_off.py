@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hookloop.callbacks import Checkpoint, GradientAccumulation, TensorBoard
+from hookloop.callbacks import Checkpoint, EarlyStopping, GradientAccumulation, TensorBoard
 from hookloop.loop import Goal, Loop, store
 from hookloop.loop.wrapped import check_mesh
 
@@ -49,6 +49,67 @@ def test_a_step_cut_off_is_not_done_anew_on_top_of_what_fully_shard_kept() -> No
     """Of DistributedDataParallel it is, from its first micro-batch on."""
     assert many.values(cut_off, 2, "ddp") == ["2", "2"]
     assert all("which keeps its gradients: build model" in text for text in many.values(cut_off, 2, "fsdp"))
+
+
+def stopped_around(rank: int, world: int, folder: str) -> list[Any]:
+    """The README's loop of one's own, by the same command three times."""
+    found = []
+    for _ in range(3):
+        torch.manual_seed(0)
+        model = many.wrap(net(noise=False), "ddp")
+        optimizer, made = adamw(model), 0
+        loop = Loop(model, optimizer, [EarlyStopping("score", patience=1), Checkpoint(folder, every=2)], resume=folder)
+        with loop:
+            for batch in loader(96):
+                if loop.stopped:
+                    break
+                loss_fn(model, batch)["loss"].backward()
+                with loop.updating(samples=8):
+                    optimizer.step()
+                optimizer.zero_grad()
+                made += 1
+                if made % 3 == 0:
+                    loop.report({"score": 1.0 + made})
+        found.append((made, loop.state.step, loop.state.stop_reason))
+    return found
+
+
+def test_around_a_loop_of_ones_own_all_ranks_hear_of_a_stop_before_the_next_update(tmp_path: Path) -> None:
+    for found in many.values(stopped_around, 2, str(tmp_path)):
+        assert [one[:2] for one in found] == [(6, 6), (0, 6), (0, 6)]
+        assert len({one[2] for one in found}) == 1
+
+
+def caught_around(rank: int, world: int) -> str:
+    model = many.wrap(net(noise=False), "ddp")
+    optimizer = adamw(model)
+
+    def fail(*_: Any) -> None:
+        if rank == 1:
+            raise ArithmeticError("mine")
+
+    loop = Loop(model, optimizer)
+    try:
+        with loop:
+            for batch in loader(64):
+                loss_fn(model, batch)["loss"].backward()
+                with contextlib.suppress(ArithmeticError), loop.updating(samples=8):
+                    optimizer.step()
+                    if loop.state.step == 2:
+                        fail()
+                optimizer.zero_grad()
+    except RuntimeError as error:
+        return "; ".join([str(error), *getattr(error, "__notes__", ())])
+    return "went on"
+
+
+def test_around_a_loop_of_ones_own_a_rank_that_catches_an_updates_error_ends_all() -> None:
+    """At once, by that error's name, and not when the group's patience ends."""
+    start = time.monotonic()
+    first, second = many.values(caught_around, 2, quiet=30.0)
+    assert time.monotonic() - start < 25
+    assert "rank 1 failed: ArithmeticError: mine" in first
+    assert second != "went on"  # its next backward meets nobody
 
 
 def full_disk(rank: int, world: int, folder: str) -> None:
