@@ -142,6 +142,8 @@ class Graphs(Eager):
         """Run `loss(model, batch)` and its backward with the weight `factor`, or replay them; return the outputs."""
         if not callable(loss):
             raise TypeError("CUDAGraph replays loss_fn, so it needs the function and not its result: micro.backward(loss_fn)")
+        if loop._step is not None:  # before a recording, which counts as a change of the gradients though it only notes it
+            loop._step.check_untouched(between=True)
         key = (loss, signature(batch))
         static = self.micros.get(key)
         if static is None:
@@ -149,8 +151,6 @@ class Graphs(Eager):
                 self.seen[key] += 1
                 return self._as_written(loop, loss, batch, factor, key)
             static = self._record(loop, loss, batch, key)
-        if loop._step is not None:
-            loop._step.check_untouched(between=True)
         self.used.append(self.given[key])
         self.replayed += 1
         self.micros.move_to_end(key)
