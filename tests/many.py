@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-LIMIT = 40.0  # seconds that all ranks of one test may take
+LIMIT = 60.0  # seconds that all ranks of one test may take
 QUIET = 10.0  # and that one of them waits for the others within a collective
 WRAPS = ("ddp", "fsdp")
 

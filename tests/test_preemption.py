@@ -164,7 +164,7 @@ def train(folder: str, form: str = "built_in", log: str | None = None, point: st
         if block:
             told.say(f"at {point}")
             while True:
-                time.sleep(1000)
+                time.sleep(0.1)  # a signal just before a long one would wait for its end
         for number in numbers:
             (os.killpg if group else os.kill)(told.pid, number)
 
@@ -966,7 +966,8 @@ def stuck(folder: str, call: int, background: bool) -> None:
             calls += 1
             if calls == call + 1:
                 Told.say("stuck")
-                time.sleep(1000)
+                while True:
+                    time.sleep(0.1)
         fsync(handle)
 
     told: list[int] = []

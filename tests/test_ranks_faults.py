@@ -135,7 +135,7 @@ def test_es5_sg5_what_one_of_more_ranks_wants_all_do(tmp_path: Path, want: str, 
 
 
 def check_wants(tmp_path: Path, want: str, how: str, world: int) -> None:
-    ranks = many.values(wants, world, how, str(tmp_path), want, limit=40 if world == 2 else 120)
+    ranks = many.values(wants, world, how, str(tmp_path), want, limit=60 if world == 2 else 120)
     untouched = (EPOCHS * BATCHES, 0, EPOCHS, "")
     for (hook, form, who), (expected, _) in [item for item in ranks[0].items() if item[0][2] == "all"]:
         shows = len(expected[5]) > EPOCHS - (hook in ("on_validation_end", "on_epoch_end"))  # where one is due anyway

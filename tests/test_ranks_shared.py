@@ -172,7 +172,7 @@ def normed_together(rank: int, world: int, auto: bool) -> Any:
 @pytest.mark.parametrize("auto", [False, True])
 def test_sync_batch_norm_has_as_many_forwards_on_each_rank(auto: bool) -> None:
     """Whichever rank has fewer micro-batches, or no data left."""
-    first, second = many.values(normed_together, 2, auto, limit=15.0)
+    first, second = many.values(normed_together, 2, auto)
     assert first[0] == second[0] == 6
     alike(first[1], second[1])
 
@@ -210,7 +210,7 @@ def skips(rank: int, world: int, around: bool) -> Any:
 @pytest.mark.parametrize("around", [False, True])
 def test_a_skip_that_one_rank_wants_before_the_norm_of_sharded_gradients(around: bool) -> None:
     """The others compute the norm in their hooks, and would wait for its part."""
-    first, second = many.values(skips, 2, around, limit=15.0)
+    first, second = many.values(skips, 2, around)
     assert first[:2] == second[:2] == (3, 1)
     alike(first[2], second[2])
 
