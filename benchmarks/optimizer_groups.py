@@ -148,9 +148,11 @@ def main(given: list[str] | None = None) -> int:
         for form in ("fused", "foreach"):
             part = measure(title + (", shrunk" if asked.quick else ""), used, form, repetitions, steps, device)
             found["workloads"][f"{name}-{form}"] = part
+            if asked.out is not None:  # what was measured outlasts a run that is ended
+                written = report.save(found, asked.out)
     print(report.markdown(found))
     if asked.out is not None:
-        print(f"written: {report.save(found, asked.out)}")
+        print(f"written: {written}")
     return 0
 
 

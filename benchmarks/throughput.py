@@ -32,7 +32,7 @@ import gc
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,10 @@ def note(row: dict[str, Any], watch: Watch, load: Workload, device: torch.device
         row["memory_mib"] = [*(row["memory_mib"] or []), watch.reserved / 2**20]
 
 
-def measure(load: Workload, found: list[Variant], skipped: dict[str, str], repetitions: int, timed: int) -> dict[str, Any]:
-    """Return a workload's part of the result (see report.py)."""
+def measure(
+    load: Workload, found: list[Variant], skipped: dict[str, str], repetitions: int, timed: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a workload's part of the result (see report.py) after each round, and with the profiled runs' counts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     errors: dict[str, str] = {}
     rows = {one.name: report.row(one.name, one.kind, one.against) for one in found if one.name not in skipped}
@@ -139,17 +141,22 @@ def measure(load: Workload, found: list[Variant], skipped: dict[str, str], repet
             print(f"{load.name}, {one.name} {errors[one.name]}", file=sys.stderr, flush=True)
             del rows[one.name]
 
+    def so_far() -> dict[str, Any]:
+        report.fill_ratios(list(rows.values()))
+        shown = {name: why for name, why in skipped.items() if why}
+        return {"title": load.title, "baseline": BASE, "part": "micro-batch", "batch": load.batch, "accumulate": ACCUMULATE,
+                "warm": load.warm, "updates": timed, "left_out": shown, "errors": errors, "runs": list(rows.values())}  # fmt: skip
+
     for _ in range(repetitions):
         for one in runs:
             if one.name in rows:
                 attempt(one, profiled=False)
-    for one in runs:
-        if one.name in rows and device.type == "cuda":
-            attempt(one, profiled=True)
-    report.fill_ratios(list(rows.values()))
-    shown = {name: why for name, why in skipped.items() if why}
-    return {"title": load.title, "baseline": BASE, "part": "micro-batch", "batch": load.batch, "accumulate": ACCUMULATE,
-            "warm": load.warm, "updates": timed, "left_out": shown, "errors": errors, "runs": list(rows.values())}  # fmt: skip
+        yield so_far()
+    if device.type == "cuda":
+        for one in runs:
+            if one.name in rows:
+                attempt(one, profiled=True)
+        yield so_far()
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -176,16 +183,18 @@ def main(given: list[str] | None = None) -> int:
     print(header(found["machine"]) + "\n", flush=True)
     every = variants(asked.peers)
     skipped = left_out(every, asked.variants, asked.quick, gpu)
-    failed = False
+    failed, some = False, sorted(set(asked.workloads)) != sorted(workloads(False))
     for name in asked.workloads:
         load = workloads(asked.quick)[name]
-        part = measure(load, every, skipped, asked.repetitions or (1 if asked.quick else 5), asked.updates or load.updates)
-        found["workloads"][name] = part
+        repetitions = asked.repetitions or (1 if asked.quick else 5)
+        for part in measure(load, every, skipped, repetitions, asked.updates or load.updates):
+            found["workloads"][name] = part
+            if asked.out is not None:  # what was measured outlasts a run that is ended
+                written = report.save(found, asked.out, "-" + "-".join(asked.workloads) if some else "")
         failed |= any(one.kind != "peer" and one.name in part["errors"] for one in every)
     print(report.markdown(found))
     if asked.out is not None:
-        some = sorted(set(asked.workloads)) != sorted(workloads(False))
-        print(f"written: {report.save(found, asked.out, '-' + '-'.join(asked.workloads) if some else '')}")
+        print(f"written: {written}")
     return int(failed)
 
 

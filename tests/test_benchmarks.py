@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -147,6 +148,22 @@ def test_a_tiny_run_on_ranks(tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert out.count("| 2 | ") == out.count("| 1 | ") == 2
     assert json.loads((tmp_path / "found.json").read_text())["results"].keys() == {"1", "2"}
+
+
+def test_whole_rounds_outlast_a_run_that_is_ended(bench: Any, undrawn: None, monkeypatch: pytest.MonkeyPatch,
+                                                 tmp_path: Path) -> None:  # fmt: skip
+    once, begun = bench.throughput.once, itertools.count(1)
+
+    def ended(*given: Any) -> Any:
+        if next(begun) > 5:  # two runs a round: both of the third are missing, or one
+            raise KeyboardInterrupt
+        return once(*given)
+
+    monkeypatch.setattr(bench.throughput, "once", ended)
+    given = ["--quick", "--workloads", "mlp", "--repetitions", "3", "--out", str(tmp_path), "--variants", "no such"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.throughput.main(given)
+    check(result_in(tmp_path), 2)
 
 
 def test_a_failure_is_reported_behind_the_table(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -41,9 +41,6 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
-from torchdata.nodes import Batcher, Mapper, MapStyleWrapper
-from torchdata.nodes import Loader as NodesLoader
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hookloop.callbacks import (
     Checkpoint,
@@ -58,6 +55,9 @@ from hookloop.callbacks import (
 )
 from hookloop.loop import Callback, Goal, Loop, State
 from hookloop.loop.store import list_checkpoints, manifest
+
+torchdata_nodes = pytest.importorskip("torchdata.nodes")
+StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
 
 Bits = dict[str, Tensor]
 
@@ -279,8 +279,10 @@ class Bare:
 
 def test_rs3_a_stateful_loader_that_draws_its_order_with_the_first_batch(tmp_path: Path) -> None:
     def nodes() -> Any:
-        held = MapStyleWrapper(Samples(48), RandomSampler(range(48)))
-        return NodesLoader(Mapper(Batcher(held, 8), torch.utils.data.default_collate))
+        held = torchdata_nodes.MapStyleWrapper(Samples(48), RandomSampler(range(48)))
+        return torchdata_nodes.Loader(
+            torchdata_nodes.Mapper(torchdata_nodes.Batcher(held, 8), torch.utils.data.default_collate)
+        )
 
     built_in(expected := make(tmp_path, log := Log()), loss_fn, nodes(), epochs=2)
     assert expected.state.step == 12

@@ -29,11 +29,12 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hookloop.callbacks import Checkpoint, GradientAccumulation, Seed, Warmup
 from hookloop.loop import Callback, Loop, State
 from hookloop.loop.order import extent
+
+StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
 
 
 class Plan(Callback):

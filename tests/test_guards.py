@@ -590,9 +590,9 @@ def clip_by_hand(parameters: list[Tensor], limit: float) -> None:
         p.grad = p.grad * min(1.0, limit / (float(norm) + 1e-6))
 
 
-def close(a: nn.Module, b: nn.Module) -> None:
+def close(a: nn.Module, b: nn.Module, atol: float = 1e-7) -> None:
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        assert torch.allclose(p, q, rtol=0, atol=1e-7), (name, (p - q).abs().max())
+        assert torch.allclose(p, q, rtol=0, atol=atol), (name, (p - q).abs().max())
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -697,7 +697,7 @@ def test_op8_adamw_decays_as_written(variant: Any, factor: float) -> None:
                 peak[n] = torch.maximum(peak[n], v[n])
                 second = peak[n] if variant.get("amsgrad") else v[n]
                 p -= rate * factor * (m[n] / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
-    close(model, hand)
+    close(model, hand, atol=2e-5 if "capturable" in variant else 1e-7)  # whose corrections torch computes in float32
 
 
 # CB6
