@@ -24,6 +24,7 @@ def announce(loop: Session, loader: Any) -> None:
         back_to_train(loop)
     if inside and kept is not None:  # what the program drew since, as in making its loader, it had drawn before the save
         rng.restore(kept, state.device)
+    loop.feed.attach(loader)  # before it is told: a resumed run's, which has this length too, is compared with it
     tell_epoch(loader, state.epoch, loop.seed or 0, state.device)
     with rng.isolated(state.device) if inside else contextlib.nullcontext():
         if loop.streams is not None:  # the same for all ranks, which may order their data here
@@ -35,7 +36,6 @@ def announce(loop: Session, loader: Any) -> None:
 def open_data(loop: Session, loader: Any) -> None:
     """Bring the loader to where the run stands, and look whether it gives anything."""
     state, feed = loop.state, loop.feed
-    feed.attach(loader)
     with rng.isolated(state.device):  # reaching the position draws numbers
         feed.open(state.epoch, loop.seed or 0, state.rank, state.seed is not None, state.device)
     if loop._end[0] is not None:

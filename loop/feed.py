@@ -16,7 +16,7 @@ from .order import Order, dealt, tell_epoch
 from .reading import log
 from .reshard import check_dealer, without
 from .rng import derive, generators, isolated, mix, seed_streams
-from .shape import fit, restarting, says_where, shape, told_inside
+from .shape import fit, restarting, says_where, shape, told_in_workers
 from .store import plain
 
 END = object()
@@ -52,8 +52,7 @@ class Feed:
         if loader is self.loader:
             return
         self.detach()
-        self.loader, self.shape = loader, {}
-        self.stateful = False
+        self.loader, self.shape, self.stateful = loader, {}, False
         batched = isinstance(loader, DataLoader)
         mapped = batched and not isinstance(loader.dataset, IterableDataset)
         if mapped or (batched and loader.num_workers):
@@ -84,8 +83,7 @@ class Feed:
 
         Raises ValueError for data that a position inside the epoch does not fit.
         """
-        promised, self._promised = self._promised, {}
-        inside = self.epoch == epoch
+        promised, self._promised, inside = self._promised, {}, self.epoch == epoch
         check_dealer(self.loader, rank, self.ranks, self.begun if inside and not self._ended else 0)
         if promised and self.shape and (inside or self.constant):
             fit(self, promised, inside)
@@ -105,7 +103,7 @@ class Feed:
         if goes_on and ended and read:
             self._kept, self._ended = (kept, True), True  # the next epoch begins with it
             return
-        if goes_on and (read or not told_inside(self.loader)):
+        if goes_on and (read or not told_in_workers(self.loader)):
             self.loader.load_state_dict(kept)
             if not read:  # an ended epoch's state may hold its number
                 tell_epoch(self.loader, epoch, seed, device)
@@ -119,6 +117,8 @@ class Feed:
             else:
                 with restarting(self.loader, not read):
                     self._source = self._reading(iter, self.loader)
+                if goes_on and not read:  # torchdata's puts that state back in `iter` only
+                    tell_epoch(self.loader, epoch, seed, device)
                 if not (goes_on and read):  # else it draws its order in `iter`, by its own state, and is not seeded again
                     key = key if self.stateful else derive(seed, "first", epoch, rank)
                     if self._begin(key, device) is END and goes_on:  # it rewinds in `iter`, not behind its last batch

@@ -122,10 +122,10 @@ class Loop(Updates):
 
     @property
     def _may_validate(self) -> bool:
-        """Whether a run that its `steps=` end is entered at the very end of an epoch, whose validation may have been cut off."""
-        state = self.state
-        cut_off = not (self._phase or state.leaving or state.stop_reason) and self.feed.epoch == state.epoch
-        return cut_off and all(row[0] for row in decide(state, "ends an epoch", self.feed.over))
+        """Whether a run that its `steps=` end is entered where its epoch may be at its end, and the validation cut off."""
+        state, feed = self.state, self.feed
+        cut_off = not (self._phase or state.leaving or state.stop_reason) and feed.epoch == state.epoch
+        return cut_off and all(row[0] for row in decide(state, "ends an epoch", feed.left is None and not feed.again))
 
     def steps(self, loader: Iterable[Any]) -> Iterator[Step]:
         """Yield the steps of one epoch, each with one update's data, to end with `loop.update()`; a break ends the epoch."""
@@ -245,9 +245,8 @@ class Loop(Updates):
         """Return `val_loss` and `val_<name>` over a loader, `val_<loader>_<name>` over a mapping of loaders."""
         return self._evaluate(loss_fn, loader) or {}
 
-    def _evaluate(
-        self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any, may_leave: bool = False
-    ) -> dict[str, float] | None:
+    def _evaluate(self, loss_fn: Callable[[nn.Module, Any], Any], loader: Any,
+                  may_leave: bool = False) -> dict[str, float] | None:  # fmt: skip
         found: dict[str, float] = {}
         if isinstance(loader, Mapping):
             self.state.ranks.alike("ends an evaluation", {"the order of the validation loaders": [*loader]})
@@ -283,18 +282,19 @@ class Loop(Updates):
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Put metrics (single numbers) into `state.metrics` as floats and tell callbacks."""
-        if not (self._entered and (self._begun or self._over)):  # a finished run may report again
+        state = self.state
+        if not (self._entered and (self._begun or self._over or self.stopped)):
             raise RuntimeError("loop.report before the first loop.steps or loop.updating; loop.evaluate may run at any time")
-        if self.state.loader is not None and self.state.leaving:  # as in validate
+        if state.loader is not None and state.leaving:  # as in validate
             self._phase = "left"
             return
         self.rng_kept = None  # what callbacks draw from here on stands
-        self.state.report(metrics)
-        self.state.metrics |= self.state.ranks.averaged(
-            {name: self.state.metrics[name] for name in sorted(self.state.reported)}
-        )
+        state.report(metrics)
+        state.metrics |= state.ranks.averaged({name: state.metrics[name] for name in sorted(state.reported)})
+        if not self._begun:  # of a run that had ended before callbacks, which heard of no start, have heard all
+            return
         self._run("on_validation_end")
-        if self._begun and self.state.loader is None:  # around a loop of the user's own the next forward may change buffers
+        if state.loader is None:  # around a loop of the user's own the next forward may change buffers
             self._written, self._saved_at = {}, -1  # none of these saves holds what callbacks made of the report
             self._goes_on("reports")
             self._flush()

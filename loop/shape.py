@@ -86,9 +86,9 @@ def dropped(loader: DataLoader[Any], drawn: int | None, there: int, here: int) -
             f"{there}, in the checkpoint's run")  # fmt: skip
 
 
-def told_inside(loader: Any) -> bool:
-    """Tell whether something inside a loader is told the epoch, which the loader's own state of the last one would overwrite."""
-    return any(owner is not loader for owner in told(loader))
+def told_in_workers(loader: Any) -> bool:
+    """Tell whether workers begin an epoch with what is told here, which a state of theirs from the last one would overwrite."""
+    return bool(getattr(loader, "num_workers", 0)) and any(owner is not loader for owner in told(loader))
 
 
 @contextlib.contextmanager

@@ -253,7 +253,8 @@ class Step:
         if changed or self.loop.optimizer_steps != self._before:
             raise RuntimeError("a step was interrupted: between its backwards and loop.update() something else cleared or "
                                "changed its gradients, or ran the optimizer (zero_grad or optimizer.step in a callback or in "
-                               "the loop's body); leave both to loop.update()")  # fmt: skip
+                               "the loop's body: leave both to loop.update(); a backward of your own: return its term as part "
+                               "of the loss)")  # fmt: skip
 
     def fail(self, error: Exception | None) -> None:
         """Go back to where the step began, so that it can be redone in other cuts."""

@@ -371,7 +371,42 @@ class Rewinds:
         self.at, self.told = state["at"], True
 
 
-@pytest.mark.parametrize("build", [placed, OwnOrder, Rewinds])
+class Corpus(IterableDataset):
+    """Read on over epochs, 28 samples in each, and told the epoch for another purpose."""
+
+    def __init__(self) -> None:
+        self.held, self.epoch, self.at = Samples(70), 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.at += 1
+            yield self.held[(self.at - 1) % 70]
+            if self.at % 28 == 0:
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class InnerTold(OwnOrder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dataset = Corpus()
+
+
+def read_on() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return StatefulDataLoader(Corpus(), 4)
+
+
+@pytest.mark.parametrize("build", [read_on, placed, OwnOrder, InnerTold, Rewinds])
 def test_rs3_a_stateful_loader_that_is_told_the_epoch(build: Any, tmp_path: Path) -> None:
     """Seven batches, two an update: the last of an epoch finds its end, so that its checkpoint says so."""
     built_in(expected := make(tmp_path, GradientAccumulation(2), log := Log()), loss_fn, build(), epochs=2)
@@ -1204,6 +1239,57 @@ def test_rs9_the_validation_behind_the_last_update_of_data_without_a_length(form
         assert_same_bits(bits(expected), bits(loop))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("end", [{"steps": 14}, {"epochs": 3, "steps": 14}])
+def test_rs9_the_validation_behind_the_last_update_that_was_left_in_it(end: dict[str, int], form: Any, tmp_path: Path) -> None:
+    """Asked to leave in the very update that ends an epoch and the run, it reads no further: started again, it does."""
+
+    class Leaves(Callback):
+        def on_before_optimizer_step(self, state: State) -> None:
+            if state.step == 13:
+                state.leave("enough")
+
+    form(expected := make(None), loss_fn, loader(), loader(20), **end)
+    form(loop := make(tmp_path, Leaves(), every=None), loss_fn, loader(), loader(20), **end)
+    assert (loop.state.step, loop.state.epoch, loop.state.reported_at) == (14, 1, 7)
+    for _ in range(2):
+        form(loop := make(tmp_path, every=None), loss_fn, loader(), loader(20), **end)
+        assert (loop.state.step, loop.state.epoch, loop.state.reported_at) == (14, 2, 14)
+        assert_same_bits(bits(expected), bits(loop))
+
+
+def test_rs3_by_hand_a_loader_of_each_epochs_own_whose_length_hangs_on_it(tmp_path: Path) -> None:
+    class Buckets:
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[list[int]]:
+            order = torch.randperm(40, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+            return iter([order[i : i + 4 + self.epoch] for i in range(0, 40, 4 + self.epoch)])
+
+        def __len__(self) -> int:
+            return sum(1 for _ in self)
+
+    def run(loop: Loop) -> Loop:
+        with contextlib.suppress(Killed), loop:
+            for _ in loop.epochs(3, steps=24):
+                for one in loop.steps(DataLoader(Samples(40), batch_sampler=Buckets())):  # type: ignore[arg-type]
+                    for micro in one:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+        return loop
+
+    expected = run(make(None, log := Log()))
+    for kill in (4, 12, 18):
+        assert run(make(tmp_path / str(kill), kill=kill)).state.step == kill
+        loop = run(make(tmp_path / str(kill), log2 := Log()))
+        assert_same_bits(bits(expected), bits(loop))
+        assert log2.samples == {step: rows for step, rows in log.samples.items() if step >= kill - 1}
+
+
 @pytest.mark.parametrize("every", [1, 100])
 def test_rs9_around_a_loop_of_ones_own_a_stopped_run_trains_no_more(every: int, tmp_path: Path) -> None:
     """What callbacks made of the last report is saved, and a program that asks first makes no further update."""
@@ -1247,6 +1333,51 @@ def test_rs9_a_finished_run_reports_again_what_its_program_reports_behind_the_lo
             loop.report({"test_loss": test["val_loss"], "val_loss": 1.0})
         found.append((loop.state.step, loop.state.metrics["test_loss"], files(tmp_path)))
     assert found[0] == found[1]
+
+
+def test_rs9_around_a_loop_of_ones_own_a_stopped_run_may_come_by_its_report(tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        with (loop := make(tmp_path, EarlyStopping("score", patience=1))):
+            for epoch in range(5):
+                for batch in loader(24, 8):
+                    if loop.stopped:
+                        break
+                    loss_fn(loop.state.model, batch)["loss"].backward()
+                    with loop.updating(samples=8):
+                        loop.state.optimizer.step()
+                    loop.state.optimizer.zero_grad()
+                loop.report({"score": float(epoch)})
+                if loop.stopped:
+                    break
+        found.append((loop.state.step, loop.state.stop_reason, files(tmp_path)))
+    assert found[0] == found[1]
+    assert found[0][0] == 6
+
+
+def test_rs9_a_finished_run_that_reports_again_tells_no_callback_that_heard_no_start(tmp_path: Path) -> None:
+    heard: list[int] = []
+
+    class Hears(Callback):
+        def on_fit_start(self, state: State) -> None:
+            self.started = True
+
+        def on_validation_end(self, state: State) -> None:
+            assert self.started
+            heard.append(state.step)
+
+    for _ in range(2):
+        with (loop := make(tmp_path, Hears(), Schedule("plateau", on="val_loss"))):
+            for _ in loop.epochs(2):
+                for one in loop.steps(loader()):
+                    for micro in one:
+                        with micro:
+                            micro.backward(loss_fn)
+                    loop.update()
+                loop.validate(loss_fn, loader(20))
+            loop.validate(loss_fn, loader(12))
+    assert heard == [7, 14, 14]
+    assert "val_loss" in loop.state.metrics
 
 
 @pytest.mark.parametrize("kill", [1, 4, 5])
