@@ -30,6 +30,8 @@ def announce(loop: Session, loader: Any) -> None:
         if loop.streams is not None:  # the same for all ranks, which may order their data here
             rng.seed_streams(rng.derive(loop.seed or 0, "epoch", state.epoch), loop.streams.generators)
         loop._run("on_epoch_start")
+        if loop.streams is not None and state.rank:  # what a program draws from here on is each rank's own
+            rng.seed_streams(rng.derive(loop.seed or 0, "epoch", state.epoch, state.rank), loop.streams.generators)
     loop.modes = modes_of(state.model) or loop.modes
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import many
+import numpy as np
 import pytest
 import torch
 from helpers import adamw, bits, built_in, by_hand, loss_fn, net
@@ -111,3 +113,33 @@ def test_oo11_the_backward_that_ranks_share_is_not_redone() -> None:
     first, second = many.errors(train, 2, "proven size", "built in")
     assert "one of them alone can't redo it" in second
     assert "rank 1" in first
+
+
+def draws(rank: int, world: int) -> tuple[list[Any], list[Any]]:
+    hook, body = [], []
+
+    class Draws(Callback):
+        def on_epoch_start(self, state: State) -> None:
+            hook.append(drawn())
+
+    def drawn() -> Any:
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    seed = Seed(3)
+    model = DistributedDataParallel(net())
+    loop = Loop(model, adamw(model), [seed, Draws()])
+    with loop:
+        for _ in loop.epochs(2):
+            for step in loop.steps(data(rank)):
+                body.append(drawn())
+                for micro in step:
+                    with micro:
+                        micro.backward(loss_fn)
+                loop.update()
+    return hook, body
+
+
+def test_sd1_ranks_draw_alike_where_an_epoch_begins_and_apart_inside_it() -> None:
+    (hook, body), (other_hook, other_body) = many.values(draws, 2)
+    assert hook == other_hook
+    assert not {x for one in body for x in one} & {x for one in other_body for x in one}
