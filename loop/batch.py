@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 Cut = Callable[[Any, int, int], Any]
 Size = Callable[[Any], int | None]
+BY_IDENTITY: Any = object.__eq__
 REMEDY = "give Loop(..., cut=fn(batch, start, stop))"
 
 
@@ -97,11 +98,29 @@ def kind_of(x: Any) -> Callable[[list[Any]], Any]:
     return (lambda parts: kind(*parts)) if hasattr(x, "_fields") else kind
 
 
-def same(a: Any, b: Any) -> bool:
-    """Tell whether two attributes are the same."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    return a is b or (type(a) is type(b) and bool(a == b))
+def same(a: Any, b: Any, met: set[tuple[int, int]] | None = None) -> bool:
+    """Tell whether two attributes are the same, in whatever holds their numbers; what shows no difference is."""
+    met = set() if met is None else met
+    if a is b or type(a) is not type(b) or (id(a), id(b)) in met:
+        return type(a) is type(b)
+    with contextlib.suppress(Exception):  # several numbers have no truth, and a comparison of one's own may raise
+        if getattr(a, "shape", None) != getattr(b, "shape", None):
+            return False
+        if bool(a == b):
+            return True
+    met.add((id(a), id(b)))  # which may hold itself
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key], met) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y, met) for x, y in zip(a, b, strict=True))
+    if hasattr(a, "__qualname__"):  # a function that is made anew is its code
+        return getattr(a, "__code__", a) is getattr(b, "__code__", b)
+    if type(a).__eq__ is BY_IDENTITY or dataclasses.is_dataclass(a):
+        return not hasattr(a, "__dict__") or same(vars(a), vars(b), met)
+    with contextlib.suppress(Exception):
+        equal: Any = (a == b) | ((a != a) & (b != b))  # nor is NaN any difference
+        return bool(equal.all() if hasattr(equal, "all") else equal)
+    return True
 
 
 def walk(x: Any, leaf: Callable[[Any, str], Any], path: str = "batch") -> Any:

@@ -383,6 +383,46 @@ def test_dl7_what_a_constructor_computes_of_its_parts_is_that_of_a_cut() -> None
         assert torch.equal(part.means, batch[0][a:b].mean(1))
 
 
+class Source:
+    def __init__(self, name: str, rows: Tensor) -> None:
+        self.name, self.rows, self.me = name, rows, self
+
+
+class Padded(list[Any]):
+    """Its constructor keeps what it computes in all kinds of things, and takes some of the program's own."""
+
+    def __init__(self, items: Any, source: Any = None, scale: Any = abs, weights: Any = (1.0, 1.0), ids: Any = (0,)) -> None:
+        super().__init__(items)
+        x = self[0]
+        self.lengths = (x > 4).sum(1).numpy() if x.device.type == "cpu" else None
+        self.sums, self.rows, self.roots = [x.sum(1), x.mean(1)], {"first": x[:, 0]}, (x - 4).sqrt().sum(1)
+        self.first, self.of = Source("first", x[:, 0]), lambda i: x[i]
+        self.source, self.scale = source or Source("none", torch.zeros(2)), scale
+        self.weights, self.ids = np.array(weights), [torch.tensor(ids)]
+
+
+def test_dl7_what_a_constructor_computes_is_that_of_a_cut_whatever_it_is_kept_in() -> None:
+    """Arrays, and containers or objects that hold tensors, have no truth of a comparison; NaN is equal to nothing."""
+    own = {"source": Source("file", torch.ones(2)), "scale": round, "weights": (1.0, 2.0), "ids": (5, 6)}
+    for batch in (Padded([tensor(5, 3), tensor(5)]), Padded([tensor(5, 3), tensor(5)], **own)):
+        assert batch.roots.isnan().any()
+        for a, b in equal_cuts(5, 2):
+            x, part = batch[0][a:b], cut(batch, a, b, 5)
+            assert type(part) is Padded
+            assert part.lengths.tolist() == (x > 4).sum(1).tolist()
+            assert torch.equal(torch.stack(part.sums), torch.stack([x.sum(1), x.mean(1)]))
+            assert torch.equal(part.rows["first"], x[:, 0])
+            assert torch.allclose(part.roots, (x - 4).sqrt().sum(1), 0, 0, equal_nan=True)
+            assert torch.equal(part.first.rows, x[:, 0])
+            assert torch.equal(part.of(0), x[0])
+            assert (part.source.name, part.source.rows.tolist()) == (batch.source.name, batch.source.rows.tolist())
+            assert part.scale is batch.scale
+            assert part.weights.tolist() == batch.weights.tolist()
+            assert part.ids[0].tolist() == batch.ids[0].tolist()
+        moved = move(batch, META)
+        assert (moved.sums[0].device, moved.rows["first"].device, moved.source.name) == (META, META, batch.source.name)
+
+
 def test_dl7_lists_and_tuples_with_a_constructor_of_their_own() -> None:
     kinds: list[Any] = [
         Columns, Two, Bare, lambda x, y, name: Columns(x, Two(y, y, name), name),
