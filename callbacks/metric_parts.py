@@ -28,11 +28,16 @@ def counts(metric: Metric) -> dict[str, dict[str, int]]:
     }
 
 
-def fed(metric: Metric) -> bool:
-    """Tell whether anything was put in since the last reset, which leaves what arithmetic itself counts as it was."""
+def fed(metric: Metric, given: dict[str, dict[str, int]]) -> bool:
+    """Tell whether anything was put in since the last reset, which leaves what arithmetic itself counts as it was.
+
+    A window counts in a number of its own, and nothing where torchmetrics does: so does one that is not as it was `given`.
+    """
     from torchmetrics.metric import CompositionalMetric
 
-    return any(part._update_count for part in parts(metric).values() if not isinstance(part, CompositionalMetric))
+    mine, now = parts(metric), counts(metric)
+    return any(n and (key == "_update_count" or n != given.get(name, {}).get(key))
+               for name in mine if not isinstance(mine[name], CompositionalMetric) for key, n in now[name].items())  # fmt: skip
 
 
 def held(metric: Metric, given: dict[str, dict[str, int]]) -> dict[str, list[Any]]:

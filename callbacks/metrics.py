@@ -57,7 +57,7 @@ class Metrics(Callback):
     def on_fit_start(self, state: State) -> None:
         """Have a restored epoch's values reported."""
         for name, metric in self.training.items():
-            if fed(metric):
+            if fed(metric, self._given[name]):
                 state.log(f"train_{name}", functools.partial(values, "train_", name, metric))
 
     def on_micro_end(self, state: State) -> None:

@@ -152,6 +152,32 @@ def test_metrics_made_of_metrics_survive_a_resume(tmp_path: Path) -> None:
     assert run(tmp_path / "a", 7) == run(tmp_path / "b", 2, 5, 7)
 
 
+class Killed(Callback):
+    """Ends the run in the validation after an update, at which a checkpoint was written before."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_micro_end(self, state: State) -> None:
+        if state.micro is not None and not state.micro.training and state.step == self.at:
+            raise KeyboardInterrupt
+
+
+def test_metrics_made_of_metrics_are_reported_at_an_epochs_end_that_is_resumed(tmp_path: Path) -> None:
+    """A window counts what it was fed in a number of its own."""
+
+    def run(folder: Path, at: int = -1) -> Any:
+        seed, model = Seed(1), net(seed=1)
+        callbacks = [seed, Metrics(made(), training=True), Checkpoint(folder, every=7), Killed(at)]
+        state = built_in(Loop(model, adamw(model), callbacks, resume=folder), loss_fn, loader(), loader(), steps=7)
+        return [state.metrics[f"train_{name}"] for name in made()]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", 7)
+    assert (tmp_path / "a" / "step-00000007").is_dir()
+    assert run(tmp_path / "a") == run(tmp_path / "b")
+
+
 class Times(Metric):
     """The mean of the predicted classes times a setting that is kept in a private number, as a count is."""
 
