@@ -154,7 +154,20 @@ def test_a_high_first_batch_is_no_fall() -> None:
     assert 1e-3 < found.steepest < 1.0
 
 
-def test_noise_of_small_batches_is_seldom_taken_for_a_fall() -> None:
+@pytest.mark.parametrize(("steps", "smooth"), [(10, 0.9), (20, 0.9), (40, 0.98)])
+def test_a_short_sweep_finds_a_rate_too(steps: int, smooth: float) -> None:
+    """Half of it or more would be gone before the loss is smoothed."""
+    for seed in range(3):
+        model, data = problem(seed)
+        data = data[:1] * steps  # without noise
+        found = find_rate(Loop(model, torch.optim.SGD(model.parameters(), 0.1)), square, data, 1e-4, 1.0, steps, smooth)
+        assert found.valley is not None
+        assert found.steepest is not None
+        assert found.rates[steps // 5] < min(found.valley, found.steepest) < max(found.valley, found.steepest) < 1.0
+
+
+@pytest.mark.parametrize(("steps", "smooth", "least"), [(100, 0.9, 12), (20, 0.9, 16), (40, 0.98, 12)])
+def test_noise_of_small_batches_is_seldom_taken_for_a_fall(steps: int, smooth: float, least: int) -> None:
     """Two smoothed losses, of which each has its noise, are further apart than one of them is from its mean."""
     found = []
     for seed in range(20):
@@ -165,9 +178,9 @@ def test_noise_of_small_batches_is_seldom_taken_for_a_fall() -> None:
         batches = [torch.tensor([[x]]) for x in noise]
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found.append(find_rate(loop, lambda m, b: m(b).sum() * 0 + b.sum(), batches, 1e-7, 1e-3).valley)
+            found.append(find_rate(loop, lambda m, b: m(b).sum() * 0 + b.sum(), batches, 1e-7, 1e-3, steps, smooth).valley)
         assert bool(said) == (found[-1] is None)
-    assert found.count(None) >= 12
+    assert found.count(None) >= least
     assert all(valley is None or valley > 1e-6 for valley in found)
 
 

@@ -27,9 +27,9 @@ class Found(Picture):
     """What a sweep saw: rates (the largest group's), the loss before each update, smoothed, and what to train with.
 
     `steepest`: where the smoothed loss falls most for a given factor of the rate. `valley`: the middle, on the rate's
-    logarithmic scale, of its fall. Both are of what follows the first 1 / (1 - `smooth`) updates, over which the loss is
-    hardly smoothed, and None where it did not fall by more than its noise. `diverged`: the rate that ended the sweep, None
-    where none did.
+    logarithmic scale, of its fall. Both are of what follows the first 1 / (1 - `smooth`) updates, a fifth of all at most,
+    over which the loss is hardly smoothed, and None where it did not fall by more than its noise. `diverged`: the rate that
+    ended the sweep, None where none did.
     """
 
     rates: tuple[float, ...]
@@ -124,7 +124,8 @@ def find_rate(loop: Loop, loss_fn: LossFn, loader: Any, start: float = 1e-7, end
                 break
         else:
             rate = math.nan
-    first = round(1 / (1 - smooth))  # before that the mean is of so few losses that a single one's noise is taken for a fall
+    # Before that the mean is of so few losses that a single one's noise is taken for a fall; a short sweep has few to spare.
+    first = min(round(1 / (1 - smooth)), len(rates) // 5)
     noise = noise_of(losses) * math.sqrt(2 * (1 - smooth) / (1 + smooth))  # of the difference of two smoothed ones
     steepest, valley = suggest(rates[first:], smoothed[first:], noise)
     found = Found(tuple(rates), tuple(losses), tuple(smoothed), steepest, valley, None if math.isnan(rate) else rate)
