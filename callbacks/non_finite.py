@@ -55,7 +55,7 @@ class NonFinite(BadUpdates, Callback):
         if self._buffers is None:
             self._buffers, self._by_design = statistics(state), infinite(state)
         if self._kept is not None:
-            self._kept.look(state, self._buffers)
+            self._kept.look(state, self._buffers, self._by_design)
 
     def on_micro_end(self, state: State) -> None:
         """Add up no losses, which may overflow, but 0 of each: what is not finite stays so."""
@@ -86,7 +86,7 @@ class NonFinite(BadUpdates, Callback):
             if False not in flags:
                 self.row, self.before = 0, self.row
                 continue
-            text = f"not finite in update {step + 1}: {told(state, step, owners, flags)}"
+            text = f"not finite in update {step + 1}: {told(state, step, owners, flags, self._by_design)}"
             if self.action == "stop":
                 raise FloatingPointError(text)
             return self.bad(state, text, bool(made(state, self._by_design, "applies an update")))

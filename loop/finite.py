@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from typing import Any
 
 import torch
@@ -46,16 +46,29 @@ def listed(bad: list[str]) -> str:
     return f"{', '.join(bad[:8])}{f' and {len(bad) - 8} more' if bad[8:] else ''}"
 
 
-def spoilt(state: State) -> list[str]:
+def sound(x: Tensor, by_design: bool) -> bool:
+    """Tell whether all of `numbers_of` a weight is finite, or infinite `by_design`; waits for the device."""
+    return not bool(x.isnan().any() if by_design else x.isfinite().logical_not().any())
+
+
+def masks(state: State, by_design: Container[str]) -> set[str]:
+    """Return which weights may be infinite, by all their names: those `by_design`, and those that no update changes."""
+    held = {id(p) for name, p in state.model.named_parameters() if name in by_design or not p.requires_grad}
+    return {name for name, p in state.model.named_parameters(remove_duplicate=False) if id(p) in held}
+
+
+def spoilt(state: State, by_design: Container[str]) -> list[str]:
     """Return which weights are not finite; waits for the device."""
     held = {name: numbers_of(p) for name, p in state.model.named_parameters()}
-    return [f"{name} itself" for name, p in held.items() if p is not None and not p.is_meta and not p.isfinite().all()]
+    free = masks(state, by_design)
+    return [f"{name} itself" for name, p in held.items() if p is not None and not p.is_meta and not sound(p, name in free)]
 
 
-def told(state: State, step: int, owners: Iterable[str | Tensor], flags: Iterable[bool]) -> str:
+def told(state: State, step: int, owners: Iterable[str | Tensor], flags: Iterable[bool], by_design: Collection[str]) -> str:
     """Return what an update's verdicts found, and which weights are not finite; waits for the device."""
-    bad = [name for name, good in zip(names(state, owners), flags, strict=True) if not good]
-    return listed(spoilt(state) + bad if state.step == step else bad + spoilt(state))  # the cause, where this update isn't
+    bad, weights = [name for name, good in zip(names(state, owners), flags, strict=True) if not good], spoilt(state, by_design)
+    text = listed(weights + bad if state.step == step else bad + weights)  # the cause, where this update isn't
+    return f"{text}; {listed(sorted(by_design))} held infinities before the first step" if by_design else text
 
 
 def trained(state: State) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .finite import numbers_of
+from .finite import masks, numbers_of, sound
 from .groups import check_rated, put
 from .redo import put_buffer, shaped, tensors
 from .state import State
@@ -42,14 +42,14 @@ class Kept:
             self.at = None
         self.restored = False
 
-    def look(self, state: State, buffers: Container[str]) -> None:
+    def look(self, state: State, buffers: Container[str], by_design: Container[str]) -> None:
         """Keep, where it is time, what the step that begins finds."""
         if self.optimizer is not state.optimizer:
             if self.optimizer is not None:  # another took over, and can't go back to this one's state
                 self.data = self.at = None
             self.optimizer = state.optimizer
         if self.at is None or (state.step % self.every == 0 and state.step != self.at):
-            self.data, self.at = keep(state, buffers) or self.data, state.step
+            self.data, self.at = keep(state, buffers, by_design) or self.data, state.step
 
     def restore(self, state: State, data: dict[str, Any] | None) -> None:
         """Take back what was saved, unless the model has other layers now."""
@@ -85,8 +85,11 @@ class BadUpdates:
         return text
 
 
-def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
-    """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite."""
+def keep(state: State, buffers: Container[str] = (), by_design: Container[str] = ()) -> dict[str, Any] | None:
+    """Return a copy, as plain data by names; None, and a warning, where weights, these buffers or state are not finite.
+
+    `by_design`: weights that may be infinite.
+    """
     named, copies = Named(shaped(state.model), state.optimizer), Copies()
     places, optimizer = slots(state, named), named.optimizer_state()
     # Settings stay as they are when going back; a copy of them would hang on which callback set what first.
@@ -101,8 +104,9 @@ def keep(state: State, buffers: Container[str] = ()) -> dict[str, Any] | None:
              **{f"the optimizer's state of {name}": x for name, x in optimizer["state"].items()}}  # fmt: skip
     for path, one in optimizer["inner"].items():
         parts |= {f"the optimizer's {path}'s state of {name}": x for name, x in one["state"].items()}
+    free = {named.clean(name) for name in masks(state, by_design)}
     bad = [name for name, part in parts.items() for x in map(numbers_of, tensors(part))
-           if x is not None and not x.is_meta and not x.isfinite().all()]  # fmt: skip
+           if x is not None and not x.is_meta and not sound(x, name in free)]  # fmt: skip
     if bad:
         log.warning("nothing new is kept to roll back to: after update %d %s is not finite", state.step, ", ".join(bad[:4]))
     return None if bad else found

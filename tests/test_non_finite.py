@@ -547,6 +547,58 @@ def test_st4_a_mask_of_minus_infinity_is_no_fault(kind: str, action: str, persis
         built_in(Loop(model, optimizer, [NonFinite()]), Faulty("buffer", {3}), batches(), epochs=1)
 
 
+class Masked(nn.Module):
+    """Two heads on one embedding, of which a parameter that both hold masks a class."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.emb, self.one, self.two = nn.Embedding(9, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+        self.mask = nn.Parameter(torch.tensor([0.0, 0.0, -INF]), requires_grad=not frozen)
+        self.one.mask = self.mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.emb(x).mean(1)
+        return (self.one(x) + self.one.mask).softmax(-1) + (self.two(x) + self.mask).softmax(-1)
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback", "stop"])
+def test_st4_a_weight_that_is_a_mask_is_no_fault(action: str, caplog: Any) -> None:
+    """It is not named as one, and kept with the others; what makes it NaN is."""
+    seen: dict[int, Any] = {}
+
+    class Look(Callback):
+        def on_step_start(self, state: State) -> None:
+            seen[state.step + state.skipped] = state.model.emb.weight.tolist()
+
+    class Break(Callback):
+        def on_step_start(self, state: State) -> None:
+            if state.step == 3:
+                state.model.mask.data[0] = NAN
+
+    for frozen in (False, True):
+        model = Masked(frozen)
+        loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [NonFinite(action, every=2, factor=1), Look()])
+        beside = "" if frozen else "; mask held infinities before the first step"
+        text = f"not finite in update 4: the gradient of emb.weight{beside}"
+        if action == "stop":
+            with pytest.raises(FloatingPointError) as caught:
+                built_in(loop, Faulty("gradient", {3}), batches(), epochs=1)
+            assert str(caught.value) == text
+            model = Masked(frozen)
+            loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), [NonFinite(), Break()])
+            with pytest.raises(FloatingPointError, match=r"update 4: mask itself, the loss"):
+                built_in(loop, clean, batches(), epochs=1)
+            continue
+        built_in(loop, Faulty("gradient", {3}), batches(), epochs=1)
+        assert (loop.state.step, loop.state.skipped) == (COUNT - 1, 1)
+        assert model.mask[2] == -INF
+        end = "; back to the weights of update 2, rates times 1" if action == "rollback" else "; the update is skipped"
+        assert [r.getMessage() for r in caplog.records] == [text + end]
+        assert seen[4] == seen[2 if action == "rollback" else 3] != seen[1]
+        caplog.clear()
+
+
 @pytest.mark.parametrize("kind", ["adamw", "fused"])
 def test_st4_rollback_of_a_buffer_that_is_in_no_checkpoint(kind: str) -> None:
     model, optimizer = made(kind)
