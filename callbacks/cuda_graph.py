@@ -22,8 +22,9 @@ class CUDAGraph(Callback):
     or another setting of a group is recorded anew. The same random numbers are drawn as without, and the weights are those
     of the run without replay whose optimizer has the same settings, to the bit where kernels are deterministic. Python code
     in the model and in loss_fn runs while recording only. Without a GPU: a warning, and steps run as written. Raises
-    ValueError at the start for what can't be recorded: a GradScaler, several ranks, an optimizer that reads values;
-    RuntimeError, naming the line, for a loss_fn that waits for the device, or where ever new shapes come.
+    ValueError at the start for what can't be recorded: a GradScaler, several ranks, an optimizer that reads values; later
+    for a batch that holds more than tensors and plain values, whose changes no replay would see; RuntimeError, naming the
+    line, for a loss_fn that waits for the device, or where ever new shapes come.
     """
 
     owns = ("runner",)

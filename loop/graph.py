@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .batch import leaves, walk
 from .checks import say
+from .signature import describe, facts, settings, signature
 from .step import Eager, clear_gradients
 
 if TYPE_CHECKING:
@@ -239,34 +240,6 @@ def on_device(optimizer: Optimizer, device: torch.device) -> None:
     for held in optimizer.state.values():
         if isinstance(step := held.get("step"), Tensor):
             held["step"] = step.to(device)
-
-
-def facts(model: nn.Module) -> list[Any]:
-    """Return what a recording holds fast of a model: modes, how much is dropped, what is frozen."""
-    held = [fact for m in model.modules() for fact in (m.training, *map(vars(m).get, ("p", "dropout")))]
-    return [fact for fact in held if isinstance(fact, int | float)] + [p.requires_grad for p in model.parameters()]
-
-
-def settings(state: State) -> list[Any]:
-    """Return what a recorded update holds fast."""
-    held: list[Any] = []
-    for group in state.optimizer.param_groups:
-        held += [id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"]
-        held += [id(p) for p in group["params"] if p.grad is not None]
-    return held
-
-
-def signature(batch: Any) -> tuple[Any, ...]:
-    """Return what tells one shape of micro-batch from another: its tensors' shapes and types, and all that is no tensor."""
-    return tuple(
-        [(path, x.shape, x.dtype, x.stride()) if isinstance(x, Tensor) else (path, repr(x)) for path, x in leaves(batch)]
-    )
-
-
-def describe(batch: Any) -> str:
-    """Return a batch's shapes in words."""
-    found = [f"{path} {tuple(x.shape)}" if isinstance(x, Tensor) else f"{path} = {x!r:.40}" for path, x in leaves(batch)]
-    return ", ".join(found[:6])
 
 
 def where(error: BaseException) -> str:

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import FORMS, KillAt, Killed, assert_same_bits, bits, built_in, loader, loss_fn, net
 from recorder import SETS, AsWritten, Recording, aligned
 from test_sizes import Fake
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 from hookloop.callbacks import (
     Checkpoint,
@@ -238,6 +240,46 @@ def test_no_end_of_shapes_is_an_error(what: str) -> None:
         RuntimeError, match=r"has recorded 8 micro-batches, keeps 2, and replayed only \d+: .*Pad to a few lengths.*graphs=8"
     ):
         train()
+
+
+class Shapes:
+    """Holds tensors, and tells their shapes only, as the batches of torch_geometric do."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __repr__(self) -> str:
+        return f"Shapes(x={[*self.x.shape]})"
+
+
+OPAQUE: dict[str, Any] = {
+    "Shapes": Shapes,
+    "PackedSequence": lambda x: pack_sequence([*x]),
+    "ndarray": lambda x: np.arange(2000.0) + len(x),
+}
+
+
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_what_can_not_be_seen_into_is_refused(kind: str) -> None:
+    """Its repr may be the same where what it holds is not, and the first would be replayed for all."""
+    data = [(x, y, {"more": [OPAQUE[kind](x), "a"] if kind == "Shapes" else OPAQUE[kind](x)}) for x, y, _ in texts([3] * 9)]
+    said = rf"can't see into batch\[2\]\['more'\] \({kind}\), .*give tensors in its place .*or leave CUDAGraph out"
+    with pytest.raises(ValueError, match=said):
+        run(built_in, CUDAGraph(2), model=Branches(), data=data, loss=cross_entropy)
+
+
+def test_containers_and_values_tell_batches_apart() -> None:
+    """A function may go by any of it, so each is recorded by itself."""
+    mores: list[Any] = [[], (), {}, None, 1, True, 1.0, "1", b"1", ["a", 1], ["a", 1.0], ("a", 1), {"a": 1}, torch.float16]
+    data = [(x, y, mores[i % len(mores)]) for i, (x, y, _) in enumerate(texts([3] * 4 * len(mores)))]
+
+    def loss(model: Any, batch: Any) -> Any:
+        return cross_entropy(model, batch) * (2 + [repr(more) for more in mores].index(repr(batch[2])))
+
+    expected = run(built_in, None, model=Branches(), data=data, loss=loss, epochs=1)
+    found = run(built_in, CUDAGraph(2, graphs=16), model=Branches(), data=data, loss=loss, epochs=1)
+    assert_same_bits(bits(expected), bits(found))
+    assert Recording.count == len(mores) + 1
 
 
 def reads(model: Any, batch: Any) -> Any:

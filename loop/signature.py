@@ -1,0 +1,56 @@
+"""What a recording holds fast, by which one is told from another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .batch import children, leaves
+
+if TYPE_CHECKING:
+    from .state import State
+
+VALUES = (str, int, float, type(None), bytes, complex, torch.dtype, torch.device)  # what their repr tells in full
+
+
+def facts(model: nn.Module) -> list[Any]:
+    """Return what a recording holds fast of a model: modes, how much is dropped, what is frozen."""
+    held = [fact for m in model.modules() for fact in (m.training, *map(vars(m).get, ("p", "dropout")))]
+    return [fact for fact in held if isinstance(fact, int | float)] + [p.requires_grad for p in model.parameters()]
+
+
+def settings(state: State) -> list[Any]:
+    """Return what a recorded update holds fast."""
+    held: list[Any] = []
+    for group in state.optimizer.param_groups:
+        held += [id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"]
+        held += [id(p) for p in group["params"] if p.grad is not None]
+    return held
+
+
+def signature(x: Any, path: str = "batch") -> tuple[Any, ...]:
+    """Return what tells one shape of micro-batch from another: containers, tensors' shapes and types, and all other values.
+
+    Raises ValueError for what may hold more than can be compared.
+    """
+    if isinstance(x, Tensor):
+        return type(x), x.shape, x.dtype, x.stride()
+    if isinstance(x, VALUES):
+        return type(x), repr(x)
+    kids = children(x)
+    if kids is not None:
+        return type(x), tuple([(key, signature(kid, f"{path}[{key!r}]")) for key, kid in kids.items()])
+    if isinstance(x, list | tuple) and not isinstance(x, PackedSequence):
+        return type(x), tuple([signature(value, path) for value in x])
+    raise ValueError(f"CUDAGraph can't see into {path} ({type(x).__name__}), and would replay what it held while "
+                     "recording: give tensors in its place (in dicts, lists, tuples or dataclasses), or leave CUDAGraph "
+                     "out")  # fmt: skip
+
+
+def describe(batch: Any) -> str:
+    """Return a batch's shapes in words."""
+    found = [f"{path} {tuple(x.shape)}" if isinstance(x, Tensor) else f"{path} = {x!r:.40}" for path, x in leaves(batch)]
+    return ", ".join(found[:6])
