@@ -131,7 +131,7 @@ class Graphs(Eager):
         if (about := facts(state.model)) != self.about:
             self.forget()
             self.about = about
-        if not all(isinstance(group["lr"], Tensor) for group in state.optimizer.param_groups):
+        if not all(reads_nothing(group, state.device) for group in state.optimizer.param_groups):
             on_device(state.optimizer, state.device)
         clear_gradients(state.optimizer)
         for p, grad in self.grads.items():
@@ -228,6 +228,11 @@ class Graphs(Eager):
         else:
             loop.optimizer_steps += 1  # its post-hook ran when it was recorded
         self.update_graph.replay()
+
+
+def reads_nothing(group: dict[str, Any], device: torch.device) -> bool:
+    """Tell whether the step of an optimizer reads neither this group's rate nor a count of steps on the host."""
+    return isinstance(rate := group["lr"], Tensor) and rate.device == device and bool(group.get("capturable", True))
 
 
 def on_device(optimizer: Optimizer, device: torch.device) -> None:

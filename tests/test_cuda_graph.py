@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from hookloop.callbacks import (
     Warmup,
 )
 from hookloop.callbacks import cuda_graph as module
-from hookloop.loop import Callback, Loop, graph
+from hookloop.loop import Callback, Loop, State, graph
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +159,38 @@ def test_what_changes_is_recorded_anew(what: str) -> None:
     found = run(built_in, CUDAGraph(2), Change(9, act), data=loader(48, 8))
     assert_same_bits(bits(expected), bits(found))
     assert Recording.count - before == 2 + more
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_rate_given_as_a_tensor_goes_to_the_device(kind: Any) -> None:
+    """Where the update reads it; on the host it would be a number in the recorded launch."""
+    model = nn.Linear(2, 2, device="meta")  # which is not the host
+    optimizer = kind(model.parameters(), lr=torch.tensor(0.1))
+    optimizer.param_groups[0]["fused"] = True
+    state = State(model, optimizer, device=torch.device("meta"))
+    runner = graph.Graphs(state, 3, 8)
+    for _ in range(2):
+        runner.begin(SimpleNamespace(state=state))  # type: ignore[arg-type]
+        rate = optimizer.param_groups[0]["lr"]
+        assert rate.device == state.device
+        assert optimizer.param_groups[0].get("capturable") is (True if kind is torch.optim.AdamW else None)
+        runner.begin(SimpleNamespace(state=state))  # type: ignore[arg-type]
+        assert optimizer.param_groups[0]["lr"] is rate
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.2)  # as what was saved on the host may bring it
+
+
+def test_rates_given_as_tensors_are_filled_in_place() -> None:
+    """Those of all groups, and with it their counts of steps are on the device."""
+    loops = []
+    for graphs in (None, CUDAGraph(2)):
+        model = net(seed=5)
+        groups = [{"params": list(layer.parameters()), "lr": torch.tensor(0.01)} for layer in (model[:2], model[4])]
+        loop = Loop(model, torch.optim.AdamW(groups, fused=True), [Seed(3), graphs or AsWritten(), Warmup(20)])
+        loops.append(loop)
+        built_in(loop, aligned, loader(48, 8), epochs=4)
+    assert_same_bits(bits(loops[0]), bits(loops[1]))
+    assert all(group["capturable"] for group in loops[1].state.optimizer.param_groups)
+    assert Recording.count == 2
 
 
 @pytest.mark.parametrize("how", ["replaced", "in place", "none"])
