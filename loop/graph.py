@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .batch import leaves, walk
@@ -188,7 +188,12 @@ class Graphs(Eager):
             outputs = super(Graphs, self).backward(loop, loss, static.batch, static.factor)
             return {k: walk(v, lambda x, path: x.detach() if isinstance(x, Tensor) else x) for k, v in outputs.items()}
 
+        before = buffers(loop.state.model)
         static.recording = self._recording(run, "loss_fn")
+        if other := rebound(loop.state.model, before):
+            raise ValueError(f"CUDAGraph can't replay a forward that puts another tensor in the place of the buffer {other[0]}, "
+                             "which would stand still from then on: fill it in place (copy_, lerp_), or leave CUDAGraph "
+                             "out")  # fmt: skip
         self.micros[key] = static
         return static
 
@@ -245,6 +250,21 @@ def on_device(optimizer: Optimizer, device: torch.device) -> None:
     for held in optimizer.state.values():
         if isinstance(step := held.get("step"), Tensor):
             held["step"] = step.to(device)
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's buffers, each by all its names."""
+    return dict(model.named_buffers(remove_duplicate=False))
+
+
+def rebound(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Return the names by which a model holds other buffers than before, which are put back."""
+    now = buffers(model)
+    found = [name for name in before | now if before.get(name) is not now.get(name)]
+    for name in found:
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = before.get(name)
+    return found
 
 
 def where(error: BaseException) -> str:

@@ -315,6 +315,41 @@ def test_containers_and_values_tell_batches_apart() -> None:
     assert Recording.count == len(mores) + 1
 
 
+class Centre(nn.Module):
+    """Takes a running mean off, which it keeps in one of two ways."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        if not self.in_place:
+            self.mean = mean
+        elif self.training:
+            self.mean.copy_(mean)
+        return x - self.mean
+
+
+def test_a_buffer_that_is_rebound_is_refused() -> None:
+    """No replay would change what the model holds; before the recording the model is as written."""
+    data = [*loader(48, 8, shuffle=False)]
+
+    def one(graphs: Any, model: Any) -> Loop:
+        return run(built_in, graphs, model=nn.Sequential(model, net(seed=5)), data=data)
+
+    assert_same_bits(bits(one(None, Centre(in_place=True))), bits(one(CUDAGraph(2), Centre(in_place=True))))
+    model = Centre(in_place=False)
+    said = r"another tensor in the place of the buffer 0\.mean, .*fill it in place \(copy_, lerp_\)"
+    with pytest.raises(ValueError, match=said):
+        one(CUDAGraph(5), model)
+    mean = torch.zeros(6)
+    for x, *_ in data[:5]:
+        mean = 0.9 * mean + 0.1 * x.mean(0)
+    assert torch.equal(model.mean, mean)
+
+
 def reads(model: Any, batch: Any) -> Any:
     loss = cross_entropy(model, batch)
     if loss > 100.0:  # a line of the user's
