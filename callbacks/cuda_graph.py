@@ -18,13 +18,13 @@ class CUDAGraph(Callback):
 
     The first `warmup` micro-batches of each shape, and updates, run as written and count. Hooks run between the two, on
     the gradients as they are, none is recorded. Rates become tensors, filled in place; the settings `capturable` (`fused`
-    for SGD) are turned on. `graphs` shapes of micro-batch are kept, the last used, in one pool of memory; a changed decay
-    or another setting of a group is recorded anew. The same random numbers are drawn as without, and the weights are those
-    of the run without replay whose optimizer has the same settings, to the bit where kernels are deterministic. Python code
-    in the model and in loss_fn runs while recording only. Without a GPU: a warning, and steps run as written. Raises
-    ValueError at the start for what can't be recorded: a GradScaler, several ranks, an optimizer that reads values; later
-    for a batch that holds more than tensors and plain values, whose changes no replay would see; RuntimeError, naming the
-    line, for a loss_fn that waits for the device, or where ever new shapes come.
+    for SGD) are turned on. `graphs` shapes of micro-batch are kept, the last used, and as many updates, in one pool of
+    memory; a changed decay or another setting of a group is recorded anew. The same random numbers are drawn as without,
+    and the weights are those of the run without replay whose optimizer has the same settings, to the bit where kernels are
+    deterministic. Python code in the model and in loss_fn runs while recording only. Without a GPU: a warning, and steps
+    run as written. Raises ValueError at the start for what can't be recorded: a GradScaler, several ranks, an optimizer
+    that reads values; later for a batch that holds more than tensors and plain values, whose changes no replay would see;
+    RuntimeError, naming the line, for a loss_fn that waits for the device, or where ever new shapes or settings come.
     """
 
     owns = ("runner",)

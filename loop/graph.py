@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import traceback
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .batch import leaves, walk
 from .checks import say
-from .signature import describe, facts, settings, signature
+from .signature import Last, describe, facts, settings, signature
 from .step import Eager, clear_gradients
 
 if TYPE_CHECKING:
@@ -87,25 +87,28 @@ class Graphs(Eager):
 
     Gradients stay in the tensors that the first updates made, so that every recording adds to the same ones. What a
     recording holds fast and can change (a group's settings, which parameters have gradients, modes of modules, the loaded
-    state of the optimizer) is compared, and recorded anew where it did. `most` shapes are kept, the last used.
+    state of the optimizer) is compared, and recorded anew where it did. `most` shapes are kept, the last used, and as many
+    updates.
     """
 
     def __init__(self, state: State, warmup: int, most: int) -> None:
-        self.warmup, self.most = warmup, most
+        self.warmup = warmup
         self.pool: Any = None
-        self.micros: OrderedDict[Any, Static] = OrderedDict()
+        self.micros, self.update_graphs = Last[Static](most, "micro-batches"), Last[Any](most, "updates")
         self.seen, self.like = Counter[Any](), dict[Any, Tensor]()
         self.grads: dict[Tensor, Tensor] = {}
         self.given = dict[Any, frozenset[Tensor]]()  # which parameters a shape's backward gives gradients to
         self.used: list[frozenset[Tensor]] = []  # in this step
         self.stepped: set[Tensor] = set()  # have been through an update that was no replay, so their state is there
-        self.recorded, self.replayed = 0, 0
         self.about: Any = None
-        self.key: Any = None
         self.found_inf: Tensor | None = None
-        self.update_graph: Any = None
         self.take(state)
         state.exchanged.append(self.take)
+
+    @property
+    def replayed(self) -> int:
+        """How many micro-batches were."""
+        return self.micros.replayed
 
     def take(self, state: State) -> None:
         """Begin to run an optimizer's updates."""
@@ -114,8 +117,8 @@ class Graphs(Eager):
         state.optimizer.register_load_state_dict_post_hook(lambda optimizer: self.forget_update())
 
     def forget_update(self) -> None:
-        """Record the update anew: its optimizer holds other tensors now."""
-        self.update_graph = None
+        """Record updates anew: their optimizer holds other tensors now."""
+        self.update_graphs.clear()
         self.stepped.clear()
 
     def forget(self) -> None:
@@ -146,15 +149,14 @@ class Graphs(Eager):
         if loop._step is not None:  # before a recording, which counts as a change of the gradients though it only notes it
             loop._step.check_untouched(between=True)
         key = (loss, signature(batch))
-        static = self.micros.get(key)
+        static = self.micros.find(key)
         if static is None:
             if self.seen[key] < self.warmup:
                 self.seen[key] += 1
                 return self._as_written(loop, loss, batch, factor, key)
             static = self._record(loop, loss, batch, key)
         self.used.append(self.given[key])
-        self.replayed += 1
-        self.micros.move_to_end(key)
+        self.micros.replayed += 1
         static.fill(batch, factor)
         static.recording.replay()
         found: dict[str, Any] = static.recording.found
@@ -174,15 +176,9 @@ class Graphs(Eager):
         return outputs
 
     def _record(self, loop: Session, loss: Any, batch: Any, key: Any) -> Static:
-        self.recorded += 1
-        if self.recorded > 4 * self.most and self.replayed < 8 * self.recorded:
-            raise RuntimeError(f"CUDAGraph has recorded {self.recorded - 1} micro-batches, keeps {self.most}, and replayed only "
-                               f"{self.replayed}: the last is of {describe(batch)}. Pad to a few lengths, leave out of the batch "
-                               "what is no tensor, give the same loss_fn each time, or have it keep more: "
-                               f"CUDAGraph(graphs={4 * self.most})")  # fmt: skip
+        self.micros.make_room(f"the last is of {describe(batch)}. Pad to a few lengths, leave out of the batch what is no tensor, "
+                              "give the same loss_fn each time")  # fmt: skip
         static = Static(batch, self.like[key])
-        while len(self.micros) >= self.most:
-            self.micros.popitem(last=False)
 
         def run() -> dict[str, Any]:
             outputs = super(Graphs, self).backward(loop, loss, static.batch, static.factor)
@@ -222,17 +218,21 @@ class Graphs(Eager):
         if (verdict := getattr(optimizer, "found_inf", None)) is not None:
             self.found_inf = verdict.clone() if self.found_inf is None else self.found_inf.copy_(verdict)
             optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
-        key = settings(state), verdict is not None
-        if self.update_graph is None or key != self.key:
+        key = (verdict is not None, *settings(state))
+        if (found := self.update_graphs.find(key)) is None:
             held = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
             if self.updates < self.warmup or not self.stepped >= held:
                 self.updates, self.stepped = self.updates + 1, self.stepped | held
                 super().update(loop)
                 return
-            self.key, self.update_graph = key, self._recording(optimizer.step, "the optimizer's step")
+            self.update_graphs.make_room("settings of parameter groups, or which parameters have gradients, change all the time. "
+                                         "Fill a rate in place (group['lr'].fill_(...)), keep the other settings")  # fmt: skip
+            alive = held, [x for group in optimizer.param_groups for x in group.values()]  # their ids are in the key
+            self.update_graphs[key] = found = self._recording(optimizer.step, "the optimizer's step"), alive
         else:
             loop.optimizer_steps += 1  # its post-hook ran when it was recorded
-        self.update_graph.replay()
+        self.update_graphs.replayed += 1
+        found[0].replay()
 
 
 def reads_nothing(group: dict[str, Any], device: torch.device) -> bool:

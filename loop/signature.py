@@ -1,8 +1,10 @@
-"""What a recording holds fast, by which one is told from another."""
+"""Recordings, the last of them, and what they hold fast, by which one is told from another."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,33 @@ if TYPE_CHECKING:
 VALUES = (str, int, float, type(None), bytes, complex, torch.dtype, torch.device)  # what their repr tells in full
 
 
+T = TypeVar("T")
+
+
+class Last(OrderedDict[Any, T]):
+    """The `most` recordings of one `kind` that were used last, by what they hold fast."""
+
+    def __init__(self, most: int, kind: str) -> None:
+        super().__init__()
+        self.most, self.kind, self.recorded, self.replayed = most, kind, 0, 0
+
+    def find(self, key: Any) -> T | None:
+        """Return a recording, which is the last used from now on."""
+        found = self.get(key)
+        if found is not None:
+            self.move_to_end(key)
+        return found
+
+    def make_room(self, why: str) -> None:
+        """Leave room for one more; raises RuntimeError, with `why` and what helps, where too few of so many were replayed."""
+        self.recorded += 1
+        if self.recorded > 4 * self.most and self.replayed < 8 * self.recorded:
+            raise RuntimeError(f"CUDAGraph has recorded {self.recorded - 1} {self.kind}, keeps {self.most}, and replayed only "
+                               f"{self.replayed}: {why}, or have it keep more: CUDAGraph(graphs={4 * self.most})")  # fmt: skip
+        while len(self) >= self.most:
+            self.popitem(last=False)
+
+
 def facts(model: nn.Module) -> list[Any]:
     """Return what a recording holds fast of a model: modes, how much is dropped, what is frozen."""
     held = [fact for m in model.modules() for fact in (m.training, *map(vars(m).get, ("p", "dropout")))]
@@ -23,10 +52,12 @@ def facts(model: nn.Module) -> list[Any]:
 
 
 def settings(state: State) -> list[Any]:
-    """Return what a recorded update holds fast."""
+    """Return what a recorded update holds fast, tensors by their ids."""
     held: list[Any] = []
     for group in state.optimizer.param_groups:
-        held += [id(value) if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"]
+        for name, value in group.items():
+            if name != "params":
+                held.append(id(value) if isinstance(value, Tensor) else value if isinstance(value, Hashable) else repr(value))
         held += [id(p) for p in group["params"] if p.grad is not None]
     return held
 

@@ -250,6 +250,48 @@ def test_the_shape_used_longest_ago_is_dropped() -> None:
     assert graphs.graphs == 3
 
 
+class Heads(nn.Module):
+    """One for each task, over what they share."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.heads = nn.Linear(6, 8), nn.ModuleList([nn.Linear(8, 3) for _ in range(count)])
+
+    def forward(self, x: torch.Tensor, task: int) -> torch.Tensor:
+        return self.heads[task](self.shared(x))
+
+
+def of_task(model: Any, batch: Any) -> Any:
+    return nn.functional.cross_entropy(model(batch[0].clone(), batch[2]), batch[1])
+
+
+def tasks(count: int, updates: int) -> list[Any]:
+    return [(x, y, i % count) for i, (x, y, _) in enumerate([*loader(48, 8)] * (updates // 6))]
+
+
+@pytest.mark.parametrize(("count", "most"), [(2, 8), (3, 3)])
+def test_updates_in_turns_are_recorded_once_each(count: int, most: int) -> None:
+    """Each has gradients of its own."""
+    data = tasks(count, 24)
+    expected = run(built_in, None, model=Heads(count), data=data, loss=of_task, epochs=1)
+    found = run(built_in, CUDAGraph(1, graphs=most), model=Heads(count), data=data, loss=of_task, epochs=1)
+    assert_same_bits(bits(expected), bits(found))
+    assert Recording.count == 2 * count
+
+
+def test_no_end_of_updates_is_an_error() -> None:
+    """Each would wait for the device."""
+
+    class Falls(Callback):
+        def on_step_start(self, state: Any) -> None:
+            state.optimizer.param_groups[0]["weight_decay"] = 0.1 / (1 + state.step)
+
+    said = r"has recorded 8 updates, keeps 2, and replayed only 8: settings .*Fill a rate in place .*CUDAGraph\(graphs=8\)"
+    with pytest.raises(RuntimeError, match=said):
+        run(built_in, CUDAGraph(1, graphs=2), Falls(), data=loader(96, 8))
+
+
 @pytest.mark.parametrize("what", ["lengths", "words", "functions"])
 def test_no_end_of_shapes_is_an_error(what: str) -> None:
     """As is all that a recording would hold fast: a batch's words, a function made anew each time."""

@@ -449,10 +449,10 @@ def test_replayed_steps_begin_anew() -> None:
     model = net()
     state = State(model, Adam(model.parameters()))
     graphs = Graphs(state, 3, 8)
-    graphs.updates, graphs.update_graph, graphs.stepped = 7, object(), set(model.parameters())
+    graphs.updates, graphs.update_graphs["key"], graphs.stepped = 7, object(), set(model.parameters())
     new = sgd(model.parameters())
     exchange(state, new)
-    assert (graphs.updates, graphs.update_graph, graphs.stepped) == (0, None, set())
+    assert (graphs.updates, len(graphs.update_graphs), graphs.stepped) == (0, 0, set())
     graphs.stepped = set(model.parameters())
     new.load_state_dict(new.state_dict())
     assert not graphs.stepped
