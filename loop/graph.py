@@ -126,7 +126,6 @@ class Graphs(Eager):
         for held in (self.micros, self.seen, self.given, self.like):  # each by the loss function, which may hold anything
             held.clear()
         self.forget_update()
-        self.pool = None
 
     def begin(self, loop: Session) -> None:
         """Clear the gradients, those that recordings add to by zeros in their place."""
@@ -194,8 +193,8 @@ class Graphs(Eager):
         return static
 
     def _recording(self, run: Callable[[], Any], what: str) -> Any:
-        if self.pool is None and torch.cuda.is_available():
-            self.pool = torch.cuda.graph_pool_handle()
+        if not (self.micros or self.update_graphs) and torch.cuda.is_available():
+            self.pool = torch.cuda.graph_pool_handle()  # torch takes none again whose graphs are all gone
         try:
             return Recording(run, self.pool)
         except torch.OutOfMemoryError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -553,6 +555,46 @@ def test_out_of_memory_while_recording_is_redone_smaller() -> None:
 
     found = run(built_in, CUDAGraph(3), MicroBatch("auto"), data=loader(64, 8, shuffle=False), loss=loss, epochs=3)
     assert found.state.step == 24
+
+
+class Pools(Recording):
+    """Refuses, as torch's allocator does, a pool whose graphs are all gone."""
+
+    uses: dict[Any, int] = {}  # noqa: RUF012
+
+    def __init__(self, run: Any, pool: Any) -> None:
+        assert self.uses.get(pool) != 0, "use_count > 0 INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"
+        self.uses[pool] = self.uses.get(pool, 0) + 1
+        weakref.finalize(self, self.gone, pool)
+        super().__init__(run, pool)
+
+    @classmethod
+    def gone(cls, pool: Any) -> None:
+        cls.uses[pool] -= 1
+
+
+@pytest.mark.parametrize("what", ["one graph", "out of memory"])
+def test_a_pool_is_not_used_again_once_its_graphs_are_gone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the only shape is dropped for another, nor where the first recording failed."""
+    handles, calls = itertools.count(), [0]
+    monkeypatch.setattr(graph, "Recording", Pools)
+    monkeypatch.setattr(Pools, "uses", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+
+    def loss(model: Any, batch: Any) -> Any:
+        calls[0] += 1
+        if what == "out of memory" and calls[0] == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return cross_entropy(model, batch)
+
+    data = [(x, y) for x, y, _ in texts([3] * 4 + [6] * 20 if what == "one graph" else [5] * 30)]
+    graphs = CUDAGraph(3, graphs=1 if what == "one graph" else 8)
+    more = GradientAccumulation(8) if what == "one graph" else MicroBatch("auto")
+    found = run(built_in, graphs, more, model=Branches(), data=data, loss=loss, epochs=1)
+    assert found.state.runner.replayed > 8
+    assert len(Pools.uses) == next(handles) == 2
+    assert not any(Pools.uses.values())  # all was given back
 
 
 def test_a_replay_takes_no_memory_anew_so_it_is_not_measured() -> None:
