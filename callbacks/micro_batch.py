@@ -4,9 +4,9 @@ import logging
 from typing import Any
 
 from ..loop.callback import Callback
-from ..loop.checks import among, say, share
+from ..loop.checks import among, say
 from ..loop.memory import memory_of, out_of_memory, too_small
-from ..loop.sizes import Sizes
+from ..loop.sizes import Sizes, check
 from ..loop.state import State
 
 EVERY = 16  # updates between two looks at memory, once the size is found
@@ -16,15 +16,16 @@ log = logging.getLogger("hookloop")
 class MicroBatch(Callback):
     """Puts at most `size` samples through one forward, in equal cuts, without changing any gradient or batch size.
 
-    `"auto"` measures what the first updates take at growing sizes and goes to the largest predicted to fit under
-    `headroom` of what the process may hold, in multiples of `multiple_of` (where it is that large); with
-    `target="throughput"` it stops where a doubling gains less than 3% samples/s, with `"memory"` nowhere. It looks again
-    every 16 updates. Where memory runs out all the same, the step is redone from its own data in halves (at a number it is an
-    error), gradients cleared, torch's generators and module buffers put back: the run equals one that used the smaller size
-    from that step on. Where a device reports no memory (the CPU) it starts with whole batches and only halves. Validation
-    shrinks a size of its own. `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each
-    update, and repeats one that ran out of memory. BatchNorm's statistics are those of each micro-batch. Times differ between
-    runs, and so may sizes; "memory" takes none. `memory`: what measures (None: the device). Raises ValueError when misused.
+    `"auto"` measures what the first updates take at growing sizes and goes to the largest predicted to fit under `headroom`
+    of what the process may hold, in multiples of `multiple_of` (where it is that large); with `target="throughput"` it stops
+    where a doubling gains less than 3% samples/s, with `"memory"` nowhere. It looks again every 16 updates. Where memory
+    runs out all the same, the step is redone from its own data in halves (at a number it is an error), gradients cleared,
+    torch's generators and module buffers put back: the run equals one that used the smaller size from that step on. Where a
+    device reports no memory (the CPU) it starts with whole batches and only halves. Beside CUDAGraph a step is first redone at
+    the same size without the graphs, whose memory nothing else can use. Validation shrinks a size of its own.
+    `on_step_oom="rollback"` keeps weights, gradients and optimizer state on the host before each update, and repeats one
+    that ran out of memory. BatchNorm's statistics are those of each micro-batch. Times differ between runs, and so may
+    sizes; "memory" takes none. `memory`: what measures (None: the device). Raises ValueError when misused.
     """
 
     owns, planned, of_rank = ("micro_batch_size",), True, True
@@ -33,13 +34,8 @@ class MicroBatch(Callback):
 
     def __init__(self, size: int | str, *, headroom: float = 0.9, multiple_of: int = 16, target: str = "throughput",
                  on_step_oom: str = "raise", memory: Any = None) -> None:  # fmt: skip
-        if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"size must be a whole number of samples, at least 1, or 'auto', not {size!r}")
-        share("headroom", headroom)
-        among("target", target, ("throughput", "memory"))
+        check(size, headroom, multiple_of, target, memory)
         among("on_step_oom", on_step_oom, ("raise", "rollback"))
-        if size != "auto" and (headroom, multiple_of, target, memory) != (0.9, 16, "throughput", None):
-            raise ValueError(f"headroom, multiple_of, target and memory belong to 'auto', not to size={size!r}; drop them")
         self.headroom, self.on_step_oom, self.auto, self.memory = headroom, on_step_oom, size == "auto", memory
         self.train = self.evaluation = None if isinstance(size, str) else size
         self.sizes, self.settled = Sizes(multiple_of, target == "throughput"), False
@@ -95,6 +91,9 @@ class MicroBatch(Callback):
         if micro is None:  # in the optimizer's step, which was put back
             self._undone += 1
             return self._undone <= 3
+        if micro.training and state.runner.give_back():
+            self._open = None
+            return True
         self._tried.append(micro.size)
         if micro.size <= 1 or not self.auto:
             say(error, too_small(self._tried, state.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .session import Session
     from .state import State
 
+log = logging.getLogger("hookloop")
 OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
@@ -102,6 +104,8 @@ class Graphs(Eager):
         self.stepped: set[Tensor] = set()  # have been through an update that was no replay, so their state is there
         self.about: Any = None
         self.found_inf: Tensor | None = None
+        self.crowded = False  # the last micro-batch ran as written beside recordings, whose memory only they can use
+        self.plain = False  # this step runs as written, for that memory was given back
         self.take(state)
         state.exchanged.append(self.take)
 
@@ -127,6 +131,16 @@ class Graphs(Eager):
             held.clear()
         self.forget_update()
 
+    def give_back(self) -> bool:
+        """Give back the memory of recordings that a micro-batch as written ran out of, and run the step as written."""
+        crowded, self.crowded = self.crowded, False
+        if crowded:
+            log.warning("CUDAGraph gives back the memory of its graphs, for a step to run as written; they are recorded again")
+            self.plain = True
+            self.micros.give_back()
+            self.update_graphs.give_back()
+        return crowded
+
     def begin(self, loop: Session) -> None:
         """Clear the gradients, those that recordings add to by zeros in their place."""
         state, self.used = loop.state, []
@@ -148,10 +162,9 @@ class Graphs(Eager):
         if loop._step is not None:  # before a recording, which counts as a change of the gradients though it only notes it
             loop._step.check_untouched(between=True)
         key = (loss, signature(batch))
-        static = self.micros.find(key)
+        static, self.crowded = self.micros.find(key), False
         if static is None:
-            if self.seen[key] < self.warmup:
-                self.seen[key] += 1
+            if self.seen[key] < self.warmup or self.plain:
                 return self._as_written(loop, loss, batch, factor, key)
             static = self._record(loop, loss, batch, key)
         self.used.append(self.given[key])
@@ -163,6 +176,7 @@ class Graphs(Eager):
 
     def _as_written(self, loop: Session, loss: Any, batch: Any, factor: Any, key: Any) -> dict[str, Any]:
         before = {p: grad._version for p, grad in self.grads.items()}
+        self.crowded = bool(self.micros or self.update_graphs)
         outputs = super().backward(loop, loss, batch, factor)
         held = {p: p.grad for g in loop.state.optimizer.param_groups for p in g["params"] if p.grad is not None}
         if sparse := [p for p, grad in held.items() if grad.is_sparse]:
@@ -172,6 +186,7 @@ class Graphs(Eager):
         self.grads |= held
         self.used.append(self.given[key])
         self.like[key] = outputs["loss"].detach()
+        self.seen[key] += 1
         return outputs
 
     def _record(self, loop: Session, loss: Any, batch: Any, key: Any) -> Static:
@@ -207,7 +222,7 @@ class Graphs(Eager):
 
     def update(self, loop: Session) -> None:
         """Apply the gradients, as written or by replay."""
-        state, optimizer = loop.state, loop.state.optimizer
+        state, optimizer, self.plain = loop.state, loop.state.optimizer, False
         if any(len(some) < len(self.grads) for some in self.used):  # zeros are there for what has no gradient in this step
             for p in self.grads.keys() - frozenset().union(*self.used):
                 p.grad = None

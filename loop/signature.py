@@ -44,6 +44,11 @@ class Last(OrderedDict[Any, T]):
         while len(self) >= self.most:
             self.popitem(last=False)
 
+    def give_back(self) -> None:
+        """Drop all, which count as not recorded."""
+        self.recorded -= len(self)
+        self.clear()
+
 
 def facts(model: nn.Module) -> list[Any]:
     """Return what a recording holds fast of a model: modes, how much is dropped, what is frozen."""

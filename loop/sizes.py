@@ -7,13 +7,23 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .checks import whole
+from .checks import among, share, whole
 
 FIRST, SECOND = 2, 16  # the first sizes tried
 JUMP = 8  # the largest step beyond what was measured
 WORTH = 0.03  # a doubling that gains less is none
 HARDLY = 1.05  # growth not worth a change
 KEPT = 64  # measurements of one size that count, and looks for which a failure does
+
+
+def check(size: Any, headroom: Any, multiple_of: Any, target: Any, memory: Any) -> None:
+    """Refuse a size that is neither a number nor "auto", and what tells how to find one beside a number."""
+    if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"size must be a whole number of samples, at least 1, or 'auto', not {size!r}")
+    share("headroom", headroom)
+    among("target", target, ("throughput", "memory"))
+    if size != "auto" and (headroom, multiple_of, target, memory) != (0.9, 16, "throughput", None):
+        raise ValueError(f"headroom, multiple_of, target and memory belong to 'auto', not to size={size!r}; drop them")
 
 
 def largest(

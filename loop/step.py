@@ -55,6 +55,10 @@ class Eager:
                 scaled.backward(loop.constant(factor, loss))
         return outputs
 
+    def give_back(self) -> bool:
+        """Give back memory that a micro-batch as written could not use and ran out of; tell whether its step may be redone."""
+        return False
+
     def update(self, loop: Session) -> None:
         """Apply the gradients."""
         try:

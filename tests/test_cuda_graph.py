@@ -597,6 +597,58 @@ def test_a_pool_is_not_used_again_once_its_graphs_are_gone(what: str, monkeypatc
     assert not any(Pools.uses.values())  # all was given back
 
 
+class Private(Fake):
+    """A device's memory with a pool for graphs, whose room nothing else has while one of them is alive."""
+
+    recording, alive, private, short = False, 0, 0, 0
+
+    def run(self, batch: Any) -> None:
+        need = int(self.took(batch))
+        if (max(self.private, need) if self.recording else self.private + need) > self.total:
+            self.short += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.private = max(self.private, need) if self.recording else self.private
+        super().run(batch)
+
+    def gone(self) -> None:
+        self.alive -= 1
+        self.private = self.private if self.alive else 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_what_runs_as_written_beside_graphs_gets_their_memory(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short last batch of an epoch, in a step by itself or with others: sizes and bits are those of the run without."""
+    loops, memories = [], []
+
+    class Pooled(Recording):
+        def __init__(self, run: Any, pool: Any) -> None:
+            memory = memories[-1]
+            memory.recording, memory.alive = True, memory.alive + 1
+            weakref.finalize(self, memory.gone)
+            try:
+                super().__init__(run, pool)
+            finally:
+                memory.recording = False
+
+    def loss(model: Any, batch: Any) -> Any:
+        if model.training:
+            memories[-1].run(batch[0])
+        return aligned(model, batch)
+
+    monkeypatch.setattr(graph, "Recording", Pooled)
+    for graphs in (None, CUDAGraph()):
+        memories.append(memory := Private(lambda batch: 40 + 3 * len(batch), 400))
+        own = MicroBatch("auto", memory=memory, target="memory", multiple_of=1)
+        more = [GradientAccumulation(accumulate)] if accumulate > 1 else []
+        data = loader(560, 100)
+        loops.append(run(built_in, graphs, own, *more, data=data, loss=loss, epochs=12))
+    sizes = [loop.state.micro_batch_size for loop in loops]
+    assert sizes[0] == sizes[1] > 100
+    assert_same_bits(bits(loops[0]), bits(loops[1]))
+    assert 1 <= memories[1].short <= 6  # at most once for each time that a shape warms up
+    assert loops[1].state.runner.replayed > 30
+
+
 def test_a_replay_takes_no_memory_anew_so_it_is_not_measured() -> None:
     memory = Fake(lambda batch: 40 + 3 * len(batch), 400)
     own = MicroBatch("auto", memory=memory, target="memory", multiple_of=1)
