@@ -217,7 +217,8 @@ class Graphs(Eager):
         except RuntimeError as error:
             say(error, f"CUDAGraph could not record {what}{where(error)}: nothing in it may wait for the device (.item(), "
                        "float(), bool() or `if` of a tensor, .cpu(), nonzero), nor hang on values; keep it on the device "
-                       "(torch.where), or leave CUDAGraph out")  # fmt: skip
+                       "(torch.where). Nor may the model or the program keep a tensor with its history from an earlier step "
+                       "(self.aux = ...): detach it once it is used, or leave CUDAGraph out")  # fmt: skip
             raise
 
     def update(self, loop: Session) -> None:

@@ -408,6 +408,7 @@ def test_a_loss_that_waits_names_the_line(monkeypatch: pytest.MonkeyPatch) -> No
     [note] = [note for note in caught.value.__notes__ if "could not record" in note]
     assert f"could not record loss_fn, {__file__} line " in note
     assert "if loss > 100.0:  # a line of the user's: nothing in it may wait for the device" in note
+    assert "keep a tensor with its history from an earlier step (self.aux = ...): detach it once it is used" in note
 
 
 def test_what_was_computed_by_hand_can_not_be_replayed() -> None:
