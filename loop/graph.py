@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from .batch import leaves, walk
 from .checks import say
-from .signature import Last, describe, facts, settings, signature
+from .signature import Last, addresses, describe, facts, settings, signature
 from .step import Eager, clear_gradients
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Graphs(Eager):
         self.given = dict[Any, frozenset[Tensor]]()  # which parameters a shape's backward gives gradients to
         self.used: list[frozenset[Tensor]] = []  # in this step
         self.stepped: set[Tensor] = set()  # have been through an update that was no replay, so their state is there
-        self.about: Any = None
+        self.about, self.places = list[Any](), list[int]()
         self.found_inf: Tensor | None = None
         self.crowded = False  # the last micro-batch ran as written beside recordings, whose memory only they can use
         self.plain = False  # this step runs as written, for that memory was given back
@@ -147,6 +147,10 @@ class Graphs(Eager):
         if (about := facts(state.model)) != self.about:
             self.forget()
             self.about = about
+        if (places := addresses(state.model)) != self.places:  # what runs as written may find others, but no recording does
+            self.micros.clear()
+            self.update_graphs.clear()
+            self.places = places
         if not all(reads_nothing(group, state.device) for group in state.optimizer.param_groups):
             on_device(state.optimizer, state.device)
         clear_gradients(state.optimizer)

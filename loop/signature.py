@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .batch import children, leaves
+from .redo import modules
 
 if TYPE_CHECKING:
     from .state import State
@@ -52,8 +54,18 @@ class Last(OrderedDict[Any, T]):
 
 def facts(model: nn.Module) -> list[Any]:
     """Return what a recording holds fast of a model: modes, how much is dropped, what is frozen."""
-    held = [fact for m in model.modules() for fact in (m.training, *map(vars(m).get, ("p", "dropout")))]
-    return [fact for fact in held if isinstance(fact, int | float)] + [p.requires_grad for p in model.parameters()]
+    every = modules(model)
+    held = [fact for m in every for fact in (m.training, *map(vars(m).get, ("p", "dropout")))]
+    frozen = [p.requires_grad for m in every for p in m._parameters.values() if p is not None]
+    return [fact for fact in held if isinstance(fact, int | float)] + frozen
+
+
+def addresses(model: nn.Module) -> list[int]:
+    """Return where a model's parameters and buffers lie; nothing where some have no memory yet, or none that is known."""
+    found = [x for m in modules(model) for held in (m._parameters, m._buffers) for x in held.values() if x is not None]
+    with contextlib.suppress(RuntimeError, ValueError):
+        return [x.data_ptr() for x in found]
+    return []
 
 
 def settings(state: State) -> list[Any]:

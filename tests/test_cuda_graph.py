@@ -140,7 +140,14 @@ def thaw_mode(state: Any) -> None:
     state.model[1].eval()
 
 
+def move_weights(state: Any) -> None:
+    for p in state.model.parameters():
+        p.data = p.data * 0.5
+
+
 CHANGES: dict[str, Any] = {
+    "memory of weights": (move_weights, 2),
+    "a buffer replaced": (lambda s: setattr(s.model[1], "running_var", s.model[1].running_var * 0.5), 2),
     "decay": (lambda s: s.optimizer.param_groups[0].update(weight_decay=0.3), 1),
     "betas": (lambda s: s.optimizer.param_groups[0].update(betas=(0.5, 0.9)), 1),
     "rate in place": (lambda s: s.optimizer.param_groups[0]["lr"].mul_(0.5), 0),
