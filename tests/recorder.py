@@ -49,7 +49,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(name in str(func) for name in READS):
             raise RuntimeError("operation not permitted when stream is capturing")
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **(kwargs or {})}
+        for argument in func._schema.arguments:
+            value = given.get(argument.name)
             writes = argument.alias_info is not None and argument.alias_info.is_write
             if writes or ("batch_norm" in str(func) and argument.name.startswith("running")):  # its schema does not tell
                 for x in tree_leaves(value):

@@ -401,6 +401,17 @@ def test_a_buffer_that_is_rebound_is_refused() -> None:
     assert torch.equal(model.mean, mean)
 
 
+def test_a_buffer_that_is_filled_in_place_by_out_is_not_rebound() -> None:
+    """As by torch's spectral norm, which assigns it too."""
+
+    def one(graphs: Callback | None) -> Loop:
+        torch.manual_seed(0)
+        layers = [nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3)]
+        return run(built_in, graphs, model=nn.Sequential(*layers))
+
+    assert_same_bits(bits(one(None)), bits(one(CUDAGraph(2))))
+
+
 def reads(model: Any, batch: Any) -> Any:
     loss = cross_entropy(model, batch)
     if loss > 100.0:  # a line of the user's
