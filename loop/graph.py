@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .batch import leaves, walk
 from .checks import say
-from .signature import Last, addresses, describe, facts, settings, signature
+from .signature import Last, addresses, buffers, describe, facts, rebound, settings, signature
 from .step import Eager, clear_gradients
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Graphs(Eager):
 
     def take(self, state: State) -> None:
         """Begin to run an optimizer's updates."""
-        self.updates = 0
+        self.updates, self.rates = 0, list[Tensor]()
         self.forget_update()
         state.optimizer.register_load_state_dict_post_hook(lambda optimizer: self.forget_update())
 
@@ -151,8 +151,14 @@ class Graphs(Eager):
             self.micros.clear()
             self.update_graphs.clear()
             self.places = places
-        if not all(reads_nothing(group, state.device) for group in state.optimizer.param_groups):
-            on_device(state.optimizer, state.device)
+        groups = state.optimizer.param_groups
+        if not all(reads_nothing(group, state.device) for group in groups):
+            for group, rate in zip(groups, self.rates, strict=False):
+                if not isinstance(group["lr"], Tensor):  # a program sets it as it would without graphs
+                    group["lr"] = rate.fill_(group["lr"])
+            if not all(reads_nothing(group, state.device) for group in groups):
+                on_device(state.optimizer, state.device)
+                self.rates = [group["lr"] for group in groups]
         clear_gradients(state.optimizer)
         for p, grad in self.grads.items():
             p.grad = grad
@@ -269,21 +275,6 @@ def on_device(optimizer: Optimizer, device: torch.device) -> None:
     for held in optimizer.state.values():
         if isinstance(step := held.get("step"), Tensor):
             held["step"] = step.to(device)
-
-
-def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's buffers, each by all its names."""
-    return dict(model.named_buffers(remove_duplicate=False))
-
-
-def rebound(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    """Return the names by which a model holds other buffers than before, which are put back."""
-    now = buffers(model)
-    found = [name for name in before | now if before.get(name) is not now.get(name)]
-    for name in found:
-        owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._buffers[key] = before.get(name)
-    return found
 
 
 def where(error: BaseException) -> str:

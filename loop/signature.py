@@ -68,6 +68,21 @@ def addresses(model: nn.Module) -> list[int]:
     return []
 
 
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's buffers, each by all its names."""
+    return dict(model.named_buffers(remove_duplicate=False))
+
+
+def rebound(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Return the names by which a model holds other buffers than before, which are put back."""
+    now = buffers(model)
+    found = [name for name in before | now if before.get(name) is not now.get(name)]
+    for name in found:
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner)._buffers[key] = before.get(name)
+    return found
+
+
 def settings(state: State) -> list[Any]:
     """Return what a recorded update holds fast, tensors by their ids."""
     held: list[Any] = []

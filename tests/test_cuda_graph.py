@@ -152,7 +152,7 @@ CHANGES: dict[str, Any] = {
     "betas": (lambda s: s.optimizer.param_groups[0].update(betas=(0.5, 0.9)), 1),
     "rate in place": (lambda s: s.optimizer.param_groups[0]["lr"].mul_(0.5), 0),
     "rate replaced": (lambda s: s.optimizer.param_groups[0].update(lr=torch.tensor(0.004)), 1),
-    "rate as a number": (lambda s: s.optimizer.param_groups[0].update(lr=0.004), 1),
+    "rate as a number": (lambda s: s.optimizer.param_groups[0].update(lr=0.004), 0),
     "frozen": (freeze, 2),
     "mode": (thaw_mode, 2),
     "loaded": (lambda s: s.optimizer.load_state_dict(s.optimizer.state_dict()), 1),
@@ -199,6 +199,18 @@ def test_rates_given_as_tensors_are_filled_in_place() -> None:
         built_in(loop, aligned, loader(48, 8), epochs=4)
     assert_same_bits(bits(loops[0]), bits(loops[1]))
     assert all(group["capturable"] for group in loops[1].state.optimizer.param_groups)
+    assert Recording.count == 2
+
+
+def test_rates_that_a_program_sets_as_numbers_are_filled_in_place() -> None:
+    """Each update has another, and none is recorded anew."""
+
+    class Falls(Callback):
+        def on_step_start(self, state: Any) -> None:
+            state.optimizer.param_groups[0]["lr"] = 0.01 / (1 + state.step)
+
+    expected = run(built_in, None, Falls(), data=loader(96, 8), epochs=4)
+    assert_same_bits(bits(expected), bits(run(built_in, CUDAGraph(2), Falls(), data=loader(96, 8), epochs=4)))
     assert Recording.count == 2
 
 
