@@ -290,7 +290,7 @@ class Feed:
         passed = kept is None and (left is not None or bool(self.again))  # what the loader can't go back to
         own_state = self._own_state() if self.stateful and self._opened is self.loader and not passed else None
         return {"epoch": self.epoch, "read": read, "offset": offset, "shape": self.shape, "left": kept,
-                "loader": own_state, "ended": self._ended, "begun": self.begun}  # fmt: skip
+                "loader": own_state, "ended": self._ended and not self.again, "begun": self.begun}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a position back; `open` goes there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -328,6 +329,25 @@ def test_from_one_process_that_kept_its_data() -> None:
     assert tensors(positions)
     after, _ = run(data, 2, 4, positions, 99)
     assert flat(first, after) == list(range(30))
+
+
+@pytest.mark.parametrize(("plan", "accumulate"), [(None, 2), (24, 1)])
+@pytest.mark.parametrize("worlds", [(2, 3, 3), (3, 2, 2), (2, 1, 2)])
+def test_an_update_at_the_epochs_end_that_was_gathered_and_not_made_is_still_to_be_made(
+        worlds: tuple[int, ...], plan: int | None, accumulate: int) -> None:  # fmt: skip
+    """A save as it begins holds the position before it, though the loaders had ended by then."""
+    data, feeds, found = Samples(34), list[Feed](), list[Any]()
+    for world in worlds:
+        before, feeds = [feed.state_dict() for feed in feeds], []
+        for rank in range(world):
+            position = reshard(before, rank, world, 0) if before else None
+            feeds.append(feed := begin(sharded(data, 12 // world, rank, world), rank, world, position))
+            gather = functools.partial(feed.gather, plan and plan // world, accumulate)
+            found += [] if before else [gather()]
+            assert feed.more()
+            feed.again = gather()
+    found += [feed.again for feed in feeds]
+    assert flat([[int(i) for chunk in chunks for i in chunk.data[2]] for chunks in found]) == list(range(34))
 
 
 def test_the_rest_of_an_epoch_has_random_numbers_of_its_own() -> None:
