@@ -71,10 +71,12 @@ class NoiseScale(Policy, Callback):
 
     def on_before_optimizer_step(self, state: State) -> None:
         """Take the norm after the last, and log the scale."""
-        among_ranks = state.ranks.together and self._due(state)  # of which one may have run out of data
+        # one may have run out of data, or have a single micro-batch, after which DDP has averaged over all ranks already
+        among_ranks = state.ranks.together and state.ranks.micros > 1 and self._due(state)
         if (self._small is None and not among_ranks) or state.grad_norm is None:
             if self._due(state) and not self.count and state.update_size == 1:
-                log.warning("NoiseScale can't measure updates of one sample: begin with a batch of 2, or accumulate")
+                of = " a rank" if state.ranks.together else ""
+                log.warning("NoiseScale can't measure updates of one sample%s: begin with 2 samples%s, or accumulate", of, of)
             return
         norm, found, self._small, self._measured = wide(state.grad_norm), self._small, None, state.step
         small, few, many = over_ranks(state, norm, found)

@@ -19,5 +19,5 @@ class MicroEnd:
     training: bool
     number: int  # 0 is the first micro-batch of this step's try, or of this evaluation
     size: int
-    share: float | Tensor | None = None  # its weight over the step's; None where it is the whole step, or in evaluation
+    share: float | Tensor | None = None  # its weight over the step's; None where it is a rank's whole step, or in evaluation
     split: str = "train"  # in evaluation "val", or "val_<name>" of a mapping's loader

@@ -94,6 +94,7 @@ class Ranks:
         self.over = False  # the ranks have lost one another
         self.leaves = False  # all leave
         self.sharded = shards  # by FSDP2, whose every forward is a message
+        self.micros = 1  # of this step, on the rank that has most of them
         self.coupled = False  # every forward of training is a message, of SyncBatchNorm too
         self.frozen = set[Any]()  # parameters that DDP does not average
         self._place = ""

@@ -45,7 +45,7 @@ def among_ranks(step: Step, micros: list[Micro], kind: str) -> list[Micro] | Non
         mine: Any = weight if tensor else torch.full((), weight, dtype=torch.float64, device=state.device)
         total = ranks.total(mine.to(state.device, torch.float64))
     step.largest = int(max(row[2] for row in rows))
-    most = int(max(row[3] for row in rows))
+    most = ranks.micros = int(max(row[3] for row in rows))
     if not most:
         state.skip("the weights of the whole step sum to 0")
         return []

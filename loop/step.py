@@ -135,7 +135,8 @@ class Micro:
                     step.check_untouched(between=not self._last)  # else the next backward, or loop.update(), looks
                     step.hold()
                     outputs = {name: batches.walk(value, detached) for name, value in self.outputs.items()}
-                    step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, self._factor)
+                    share = None if self._last and self.number == 0 else self._factor
+                    step.loop.micro_end(self._chunk, self.batch, outputs, self.weight, self.number, True, share)
                     step.check_untouched(between=True)
                 self.outputs, self._batch = singles(self.outputs), None
             return False

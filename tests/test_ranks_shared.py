@@ -28,7 +28,7 @@ from hookloop.callbacks import (
     SwitchOptimizer,
     Unfreeze,
 )
-from hookloop.callbacks.gradient_noise import over_ranks
+from hookloop.callbacks.gradient_noise import over_ranks, two_batch_estimate
 from hookloop.loop import Callback, Loop, State
 
 
@@ -422,3 +422,27 @@ def test_ranks_without_data_count_for_nothing_in_the_noise() -> None:
     answers(lambda row: rows.append(row) or row)
     found = answers(lambda row: torch.stack(rows).sum(0))
     assert [[float(x) for x in one] for one in found] == [[4.0, 4.0, 16.0]] * 4
+
+
+def measures(rank: int, world: int, parts: list[tuple[int, int]]) -> Any:
+    """The noise and the signal in a first update of which each rank has these samples."""
+    model, noise, logged = many.wrap(net(torch.float64, noise=False), "ddp"), NoiseScale(every=2, smoothing=0.0), "noise_scale"
+    data = [tuple(x[slice(*parts[rank])] for x in batch) for batch in batches(0, 2, dtype=torch.float64)]
+    state = built_in(Loop(model, sgd(model), [noise]), loss_fn, data, epochs=1)
+    return noise.means.tolist(), noise.count, logged in state.metrics
+
+
+def test_a_rank_with_a_single_sample_measures_no_noise() -> None:
+    """Its first micro-batch is its last, after which it holds the mean over all ranks; the other's first one has 4 samples."""
+    (x, y), model, norms = batches(0, 1, dtype=torch.float64)[0], net(torch.float64, noise=False), []
+    for few in (slice(1, 5), slice(0, 8)):
+        grads = torch.autograd.grad(loss_fn(model, (x[few], y[few]))["loss"], [*model.parameters()])
+        norms.append(float(sum(grad.square().sum() for grad in grads)))
+    for means, count, logged in many.values(measures, 2, [(0, 1), (1, 8)]):
+        assert (means, count, logged) == (pytest.approx(two_batch_estimate(*norms, 4, 8), rel=1e-9), 1, True)
+
+
+def test_where_every_rank_has_a_single_sample_no_noise_is_measured_and_that_is_said() -> None:
+    for ended in many.run(measures, 2, [(0, 1), (1, 2)]):
+        assert ended.value == ([0.0, 0.0], 0, False), ended.error
+        assert "can't measure updates of one sample a rank: begin with 2 samples a rank" in ended.said
