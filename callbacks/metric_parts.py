@@ -77,19 +77,37 @@ def joined(what: str, metric: Metric, saved: list[Any], first: bool) -> dict[str
     every = [by_part(each) for each in saved]
     for name, part in parts(metric).items():
         if ranks := [each[name] for each in every if name in each]:
-            state = {key: together(f"{what}, whose {name}{name and '.'}{key}", [rank[0][key] for rank in ranks], reduce)
+            called = {key: f"{what}, whose {name}{name and '.'}{key}" for key in part._reductions}
+            state = {key: together(called[key], [rank[0][key] for rank in ranks], reduce)
                      for key, reduce in part._reductions.items()}  # fmt: skip
+            if not first:
+                state = {key: nothing(called[key], state[key], copy.deepcopy(default), part._reductions[key])
+                         for key, default in part._defaults.items()}  # fmt: skip
             counted = {key: [rank[1][key] for rank in ranks if key in rank[1]] for one in ranks for key in one[1]}
             # places in a window are those of each rank, and only how often it was fed adds up
             numbers = {key: sum(each) if key == "_update_count" else max(each) for key, each in counted.items()}
-            found[name] = [state if first else copy.deepcopy(part._defaults), numbers]
+            found[name] = [state, numbers]
     return found
 
 
 def together(what: str, parts: list[Any], reduce: Any) -> Any:
     """Return a metric's state over all ranks; raises ValueError for one that could not be told from a single rank's."""
-    if isinstance(parts[0], list):
-        return [x for part in parts for x in part]
+    if isinstance(parts[0], list):  # what is concatenated may be single numbers, and has a dimension then
+        return [torch.atleast_1d(x) if concatenated(reduce) else x for part in parts for x in part]
     if getattr(reduce, "__name__", "") not in ("dim_zero_sum", "dim_zero_max", "dim_zero_min"):
         raise ValueError(f"another number of ranks can't take up the training metric {what} is no sum; resume with as many")
     return reduce(torch.stack(parts))
+
+
+def nothing(what: str, of_first: Any, default: Any, reduce: Any) -> Any:
+    """Return what a rank beside the first begins with; raises ValueError for what could not be sent beside the first's."""
+    if not isinstance(of_first, list) or not of_first:
+        return default
+    if not concatenated(reduce):  # sent one by one, so that all ranks would need as many
+        raise ValueError(f"several ranks can't take up the training metric {what} is a list; resume with as many, or with one")
+    return [of_first[0][:0]]
+
+
+def concatenated(reduce: Any) -> bool:
+    """Tell whether a list is sent to the other ranks as one tensor."""
+    return getattr(reduce, "__name__", "") == "dim_zero_cat"

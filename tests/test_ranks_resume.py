@@ -14,8 +14,9 @@ from helpers import Samples, built_in, loss_fn, net
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MaxMetric, SumMetric
 from torchmetrics.aggregation import CatMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.retrieval import RetrievalMAP
 from torchmetrics.wrappers import Running
 
 from hookloop.callbacks import Checkpoint, Metrics, Seed
@@ -101,9 +102,35 @@ def test_rs6_states_of_a_metric_are_joined_or_refused() -> None:
     states: list[Any] = [{"all": {"": [{"value": [torch.tensor([float(i)])]}, {"_update_count": 1}]}} for i in range(2)]
     both = [torch.tensor([0.0]), torch.tensor([1.0])]
     assert mine.joined(states, True) == {"all": {"": [{"value": both}, {"_update_count": 2}]}}
-    assert mine.joined(states, False) == {"all": {"": [{"value": []}, {"_update_count": 2}]}}
+    ((other, _),) = mine.joined(states, False)["all"].values()
+    assert [x.shape for x in other["value"]] == [(0,)]
+    assert mine.joined([{"all": {"": [{"value": []}, {"_update_count": 0}]}}], False)["all"][""][0] == {"value": []}
     before: list[Any] = [{"all": [{"value": [torch.tensor([float(i)])]}, 1]} for i in range(2)]  # of an older checkpoint
     assert mine.joined(before, True) == mine.joined(states, True)
+
+
+def taken_up(rank: int, world: int, states: list[Any]) -> Any:
+    """What a metric is over all ranks, of which the first alone has something."""
+    mine = Metrics({"auc": MulticlassAUROC(3), "all": CatMetric()}, training=True)
+    mine.load_state_dict(mine.joined(states, rank == 0))
+    return float(mine.training["auc"].compute()), mine.training["all"].compute().tolist()
+
+
+def test_rs6_lists_of_a_metric_are_gathered_where_the_first_rank_alone_has_any() -> None:
+    """As in a run that was cut off in its epoch's validation."""
+    alone = Metrics({"auc": MulticlassAUROC(3), "all": CatMetric()}, training=True)
+    alone.training["auc"].update(torch.randn(9, 3), torch.arange(9) % 3)
+    alone.training["all"].update(torch.tensor(4.0))
+    expected = float(alone.training["auc"].compute()), 4.0
+    assert many.values(taken_up, 2, [alone.state_dict()]) == [expected] * 2
+
+
+def test_rs6_lists_that_are_sent_one_by_one_are_for_one_process() -> None:
+    mine = Metrics({"of": RetrievalMAP()}, training=True)
+    mine.training["of"].update(torch.tensor([0.2, 0.7]), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    assert len(mine.joined([mine.state_dict()] * 2, True)["of"][""][0]["preds"]) == 2
+    with pytest.raises(ValueError, match=r"'of', whose indexes is a list; resume with as many, or with one"):
+        mine.joined([mine.state_dict()] * 2, False)
 
 
 def test_rs6_each_metric_inside_a_metric_is_joined_by_itself() -> None:
