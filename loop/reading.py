@@ -77,14 +77,21 @@ def shut_down(source: Iterator[Any]) -> None:
 
 
 def in_sequence(loader: Any, number: int) -> list[int] | None:
-    """Return the samples of a batch of a loader that goes through its data set in order; None for another."""
-    batched = getattr(loader, "batch_sampler", None)
-    size, total = getattr(batched, "batch_size", None), length(getattr(loader, "dataset", None))
-    if type(batched) is not BatchSampler or type(batched.sampler) is not SequentialSampler or not (size and total):
+    """Return the samples of a batch of a loader that goes through its data set in order; None for another.
+
+    Of a DistributedSampler those that an evaluation deals out to its rank.
+    """
+    batched, total = getattr(loader, "batch_sampler", None), length(getattr(loader, "dataset", None))
+    if type(batched) is not BatchSampler or not total or not getattr(loader, "in_order", True):
         return None  # another batch sampler may draw from its sampler in an order of its own
-    if not getattr(loader, "in_order", True):
+    part = dealer(loader)
+    if type(batched.sampler) is SequentialSampler:
+        every = range(total)
+    elif part is not None and part is batched.sampler and not part.shuffle:
+        every = range(part.rank, part.total_size, part.num_replicas)
+    else:
         return None
-    return list(range(number * size, min(total, (number + 1) * size)))
+    return list(every[number * batched.batch_size : (number + 1) * batched.batch_size])
 
 
 def miscounted(loader: Any, gave: int) -> str | None:

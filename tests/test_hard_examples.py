@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from hookloop.callbacks import (
     Checkpoint,
@@ -428,6 +435,34 @@ def test_a_batch_of_other_samples_than_were_drawn_names_no_wrong_ones(collate: A
 
 def hold_position(model: nn.Module, batch: Any) -> Any:
     return {"loss": model(batch).mean(), "losses": batch[:, 0]}
+
+
+@pytest.mark.parametrize("more", [{}, {"drop_last": True}])
+@pytest.mark.parametrize(("count", "world"), [(20, 1), (20, 3), (4, 3)])
+def test_an_evaluation_of_a_ranks_part_in_order_names_its_positions(count: int, world: int, more: dict[str, bool]) -> None:
+    """No sample that torch's sampler repeats for some of the ranks is among them."""
+    data, found = list(torch.arange(float(count))[:, None]), list[int]()
+    for rank in range(world):
+        part = DataLoader(data, 3, sampler=DistributedSampler(data, world, rank, shuffle=False, **more))
+        model, hard = nn.Linear(1, 1), HardExamples(20)
+        Loop(model, adamw(model), [hard]).fit(hold_position, DataLoader(data, 3), part, epochs=1)
+        assert all(row.position == row.loss for row in hard.examples["val"])
+        found += [row.position for row in hard.examples["val"]]
+    assert sorted(found) == list(range(count // world * world if more else count))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_evaluation_by_another_order_of_a_ranks_part_names_none(shuffle: bool) -> None:
+    class Own(DistributedSampler):
+        def __iter__(self) -> Any:
+            return iter([*super().__iter__()][::-1])
+
+    data, model = list(torch.arange(20.0)[:, None]), nn.Linear(1, 1)
+    sampler = (DistributedSampler if shuffle else Own)(data, 1, 0, shuffle=shuffle)
+    with pytest.raises(ValueError, match=r"\(val\), which are not known here: .* and shuffle=False, in order"):
+        Loop(model, adamw(model), [HardExamples(3)]).fit(
+            hold_position, DataLoader(data, 3), DataLoader(data, 3, sampler=sampler), epochs=1
+        )
 
 
 class Backwards(BatchSampler):
