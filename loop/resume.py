@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def capture(loop: Session) -> store.Contents:
     callbacks = {c.key: kept for c in ours if (kept := state_of(c, state.step))}
     beside = {(c.key, name): callbacks[c.key][name] for c in ours for name in c.beside
               if callbacks.get(c.key, {}).get(name) is not None}  # fmt: skip
+    whole = dict(callbacks)
     for key, name in beside:
         callbacks[key] = {**callbacks[key], name: None}
     return store.Contents(state.step, named.model_state(), {
@@ -47,7 +48,7 @@ def capture(loop: Session) -> store.Contents:
         "optimizer": named.optimizer_state(),
         "settings": loop.settings,
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
-        **(mine := own(loop, callbacks)),
+        **(mine := own(loop, callbacks, whole)),
         # on the host: what lies on a device would be unpickled there, by every rank
         "ranks": state.ranks.exchange("saves", move(mine, torch.device("cpu"))) if state.ranks.together else None,
         "callbacks": callbacks,
@@ -63,18 +64,38 @@ def capture(loop: Session) -> store.Contents:
     }, beside, {"device": state.device.type, "seconds": state.seconds, "run": state.run})  # fmt: skip
 
 
-def own(loop: Session, callbacks: dict[str, Any]) -> dict[str, Any]:
-    """Return what each rank has of its own."""
+def own(loop: Session, callbacks: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """Return what each rank has of its own; `whole`: the callbacks' states with what is written beside."""
+    buffers = own_buffers(loop.state, loop.given_buffers)
     return {
         "rng": rng.as_plain(rng.snapshot(loop.state.device)),
         "data": loop.feed.state_dict(),
         "train_loss": loop.train_loss.state_dict(),
         "callbacks": {c.key: callbacks[c.key] for c in loop.callbacks if c.of_rank and c.key in callbacks},
-        "buffers": own_buffers(loop.state, loop.given_buffers),
+        "buffers": buffers,
+        "kept": tensors_of(whole, buffers) if loop.state.ranks.together else [],
         "samples": loop.state.samples,
         "sizes": [loop.state.update_size, loop.state.micro_size],
         "stand_in": kept_stand_in(loop),
     }
+
+
+def tensors_of(kept: Any, names: Container[str], path: tuple[str, ...] = ()) -> list[Any]:
+    """Return, with their paths, the buffers of these names in what callbacks keep, as of the best model or an average."""
+    if isinstance(kept, dict):
+        return [found for key, value in kept.items() for found in tensors_of(value, names, (*path, key))]
+    mine = isinstance(kept, torch.Tensor) and path[-1] in names and not hasattr(kept, "device_mesh")
+    return [[[*path], kept]] if mine else []
+
+
+def put_tensors(kept: Any, found: list[Any]) -> None:
+    """Put them into what was saved of the first rank."""
+    for (*path, name), x in found:
+        place = kept
+        for key in path:
+            place = place.get(key) if isinstance(place, dict) else None
+        if isinstance(place, dict) and name in place:
+            place[name] = x
 
 
 def own_of(saved: dict[str, Any], ranks: Ranks, callbacks: Iterable[Callback]) -> dict[str, Any]:
@@ -119,6 +140,7 @@ def restore(loop: Session, path: str | os.PathLike[str], strict: bool) -> None:
     if state.ranks.rank >= saved.get("world", 1) and state.ranks.together:  # else it would draw what another one draws
         with rng.isolated(state.device, rng.derive(saved["seed"] or 0, "rank", state.rank, saved["progress"]["step"])):
             alone["rng"] = rng.snapshot(state.device)
+    put_tensors(saved["callbacks"], alone.get("kept") or [])
     saved["callbacks"] |= alone["callbacks"]
     taken, refused = _load_callbacks(mine, saved["callbacks"])
     named = store.Named(state.model, state.optimizer)  # maybe another optimizer than before

@@ -19,8 +19,8 @@ from torchmetrics.regression import PearsonCorrCoef
 from torchmetrics.retrieval import RetrievalMAP
 from torchmetrics.wrappers import Running
 
-from hookloop.callbacks import Checkpoint, Metrics, Seed
-from hookloop.loop import Callback, Loop, State
+from hookloop.callbacks import Average, Checkpoint, EarlyStopping, Metrics, NonFinite, Seed
+from hookloop.loop import Callback, Goal, Loop, State
 
 GLOBAL = 12
 
@@ -153,6 +153,48 @@ def test_rs6_each_metric_inside_a_metric_is_joined_by_itself() -> None:
     no_sum = Metrics({"of": PearsonCorrCoef() * 2}, training=True)
     with pytest.raises(ValueError, match=r"'of', whose metric_a\.mean_x is no sum; resume with as many"):
         no_sum.joined([no_sum.state_dict()] * 2, True)
+
+
+KEEPS: dict[str, Any] = {
+    "stop": lambda: EarlyStopping(Goal("val_loss", mode="max", patience=99), restore_best=True),
+    "average": lambda: Average("ema", 0.8),
+    "rollback": lambda: NonFinite("rollback", every=3),
+}
+
+
+def keeps(rank: int, world: int, folder: str, what: str, how: str) -> list[Any]:
+    """Statistics of which each rank has its own, after a whole run and after one that was resumed."""
+    found, data = list[Any](), Samples(24)
+
+    class Spoil(Callback):
+        def on_before_optimizer_step(self, state: State) -> None:
+            if state.step + state.skipped == 4 and rank == 0 and what == "rollback":
+                next(state.model.parameters()).grad.fill_(float("nan"))  # type: ignore[union-attr]
+
+    for place, ends in ((f"{folder}/whole", [6]), (f"{folder}/cut", [4, 6])):
+        for end in ends:
+            seed, model = Seed(0), torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 3))
+            shared = many.wrap(model, how, **({"broadcast_buffers": False} if how == "ddp" else {}))
+            callbacks = [seed, keep := KEEPS[what](), Spoil(), Checkpoint(place)]
+            loop = Loop(shared, torch.optim.SGD(shared.parameters(), lr=0.1), callbacks, resume=place)
+            train = DataLoader(data, 4, sampler=DistributedSampler(data, world, rank))
+            val = DataLoader(data, 6, sampler=DistributedSampler(data, world, rank, shuffle=False))
+            state = built_in(loop, loss_fn, train, val, steps=end)
+        kept = many.weights(keep.model) if what == "average" else {}
+        found.append((state.metrics["val_loss"], state.skipped, many.weights(shared), kept))
+    return found
+
+
+@pytest.mark.parametrize(("what", "how"), [("stop", "fsdp"), ("average", "ddp"), ("rollback", "ddp")])
+def test_statistics_in_what_a_callback_keeps_are_each_ranks_own_after_a_resume(tmp_path: Path, what: str, how: str) -> None:
+    ranks = many.values(keeps, 2, str(tmp_path), what, how)
+    for whole, resumed in ranks:
+        assert whole[:2] == resumed[:2] == (ranks[0][0][0], what == "rollback")
+        for a, b in zip(whole[2:], resumed[2:], strict=True):
+            assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    one, other = (rank[0][3 if what == "average" else 2] for rank in ranks)
+    name = next(name for name in one if "running_mean" in name)
+    assert not torch.equal(one[name], other[name]), "else there is nothing to tell apart"
 
 
 def stale(rank: int, world: int) -> None:
