@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -68,6 +70,14 @@ def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
 
 def loader(count: int = 50, batch_size: int = 8, dtype: torch.dtype = torch.float32, **kwargs: Any) -> DataLoader:
     return DataLoader(Samples(count, dtype), batch_size=batch_size, **{"shuffle": True, **kwargs})
+
+
+def stateful_loader(dataset: Any, batch_size: int, **kwargs: Any) -> Any:
+    """torchdata's; without it the test is skipped."""
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # a torch of this year says so while it is built
+        return torchdata.StatefulDataLoader(dataset, batch_size, **kwargs)
 
 
 def by_hand(loop: Loop, loss: Any, train: Any, val: Any = None, *, epochs: int | None = None, steps: int | None = None) -> Any:

@@ -10,7 +10,6 @@ import logging
 import random
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, KillAt, Killed, Samples, adamw, assert_same_bits, bits, built_in, loader, loss_fn, net
+from helpers import (
+    FORMS,
+    KillAt,
+    Killed,
+    Samples,
+    adamw,
+    assert_same_bits,
+    bits,
+    built_in,
+    loader,
+    loss_fn,
+    net,
+    stateful_loader,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -55,9 +67,6 @@ from hookloop.callbacks import (
 )
 from hookloop.loop import Callback, Goal, Loop, State
 from hookloop.loop.store import list_checkpoints, manifest
-
-torchdata_nodes = pytest.importorskip("torchdata.nodes")
-StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
 
 Bits = dict[str, Tensor]
 
@@ -214,9 +223,7 @@ class Stream(IterableDataset):
 
 def stateful(workers: int = 0) -> tuple[Any, Stream]:
     data = Stream()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        return StatefulDataLoader(data, 8, num_workers=workers), data
+    return stateful_loader(data, 8, num_workers=workers), data
 
 
 @pytest.mark.parametrize("shape", ["plain", "accumulated", "cut"])
@@ -278,6 +285,8 @@ class Bare:
 
 
 def test_rs3_a_stateful_loader_that_draws_its_order_with_the_first_batch(tmp_path: Path) -> None:
+    torchdata_nodes = pytest.importorskip("torchdata.nodes")
+
     def nodes() -> Any:
         held = torchdata_nodes.MapStyleWrapper(Samples(48), RandomSampler(range(48)))
         return torchdata_nodes.Loader(
@@ -347,9 +356,7 @@ class OwnOrder:
 
 
 def placed() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        return StatefulDataLoader(Placed(), 4)
+    return stateful_loader(Placed(), 4)
 
 
 class Rewinds:
@@ -401,9 +408,7 @@ class InnerTold(OwnOrder):
 
 
 def read_on() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        return StatefulDataLoader(Corpus(), 4)
+    return stateful_loader(Corpus(), 4)
 
 
 @pytest.mark.parametrize("build", [read_on, placed, OwnOrder, InnerTold, Rewinds])
@@ -731,15 +736,6 @@ class ByName(Augmented):
         return torch.stack(x), torch.stack(y), torch.tensor(i)
 
 
-def silent(make: Callable[..., Any]) -> Callable[..., Any]:
-    def made(**kwargs: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-            return make(**kwargs)
-
-    return made
-
-
 def plus_noise(samples: list[Any]) -> Any:
     x, *rest = torch.utils.data.default_collate(samples)
     return [x + torch.rand(()), *rest]
@@ -755,9 +751,9 @@ LOADERS: dict[str, Callable[..., Any]] = {
         Augmented(64), 8, sampler=RandomSampler(range(64), replacement=True, generator=torch.Generator()), **k
     ),
     "iterable": lambda **k: DataLoader(Shards(), 8, **k),
-    "stateful": silent(lambda **k: StatefulDataLoader(Augmented(64), 8, shuffle=True, **k)),
-    "stateful iterable": silent(lambda **k: StatefulDataLoader(Shards(), 8, **k)),
-    "stateful iterable with state": silent(lambda **k: StatefulDataLoader(Noisy(), 8, **k)),
+    "stateful": lambda **k: stateful_loader(Augmented(64), 8, shuffle=True, **k),
+    "stateful iterable": lambda **k: stateful_loader(Shards(), 8, **k),
+    "stateful iterable with state": lambda **k: stateful_loader(Noisy(), 8, **k),
 }
 
 

@@ -6,7 +6,6 @@ import copy
 import itertools
 import multiprocessing
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loss_fn, net
+from helpers import FORMS, Samples, adamw, assert_same_bits, bits, built_in, by_hand, loss_fn, net, stateful_loader
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -33,8 +32,6 @@ from torch.utils.data import (
 from hookloop.callbacks import Checkpoint, GradientAccumulation, Seed, Warmup
 from hookloop.loop import Callback, Loop, State
 from hookloop.loop.order import extent
-
-StatefulDataLoader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
 
 
 class Plan(Callback):
@@ -369,9 +366,7 @@ class Placed:
 
 
 def stateful(workers: int) -> DataLoader[Any]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        return StatefulDataLoader(PlacedStream(), 4, num_workers=workers)
+    return stateful_loader(PlacedStream(), 4, num_workers=workers)
 
 
 BY_EPOCH: dict[str, tuple[Callable[[], DataLoader], list[type[Callback]]]] = {
