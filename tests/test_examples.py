@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,28 @@ from hookloop.callbacks import ClipGradients, EarlyStopping, Seed, TensorBoard, 
 from hookloop.loop import Loop
 
 ROOT = Path(__file__).parents[1]
+LIMIT = 500  # seconds a process may take, beside whatever else computes
+STARTED: list[subprocess.Popen[str]] = []
+pytestmark = pytest.mark.timeout(3 * LIMIT)
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """What a failed test leaves running would slow the others."""
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.terminate()
 
 
 def start(example: str, folder: Path, *more: str, python: str = sys.executable, cwd: Path = ROOT) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
     command = [python, str(ROOT / "examples" / example), "--folder", str(folder), *more]
     hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore Ctrl-C
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=hears)  # fmt: skip
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=hears)  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def torchrun(ranks: int, folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -36,11 +51,13 @@ def torchrun(ranks: int, folder: Path, *more: str) -> subprocess.Popen[str]:
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")  # a port that is free
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous,
                str(ROOT / "examples" / "distributed.py"), "--folder", str(folder), *more]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    STARTED.append(process)
+    return process
 
 
 def table(process: subprocess.Popen[str]) -> dict[str, str]:
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines() if re.search(r"\s{2,}", line))
 
@@ -82,7 +99,7 @@ def stopped_and_started_again(digits: Any, after: str, folder: Path, **how: Any)
     while first.poll() is None and not (folder / after).exists():
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in first.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in first.communicate(timeout=LIMIT)[1]
     assert table(start("digits.py", folder, **how))["fingerprint"] == digits["table"]["fingerprint"]
     assert tags(folder) == tags(digits["folder"])
 
@@ -131,7 +148,7 @@ def test_fine_tuning_is_better_than_from_scratch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_beats_digits_own_settings_or_says_that_chance_may_have_done_it(tmp_path: Path) -> None:
-    out, err = start("search.py", tmp_path, "--jobs", "2").communicate(timeout=175)
+    out, err = start("search.py", tmp_path, "--jobs", "2").communicate(timeout=LIMIT)
     assert "complete" in out, err
     lines = [line for line in out.splitlines() if line.startswith("| ") and ("digits.py:" in line or "found:" in line)]
     assert len(lines) == 2
@@ -141,7 +158,7 @@ def test_a_search_beats_digits_own_settings_or_says_that_chance_may_have_done_it
     for name in ("coarse", "fine", "test"):
         assert (tmp_path / name / "results.json").exists()
     assert {"trial-00000", "trial-00011"} <= {path.name for path in (tmp_path / "coarse").iterdir()}
-    again, err = start("search.py", tmp_path, "--jobs", "2").communicate(timeout=60)
+    again, err = start("search.py", tmp_path, "--jobs", "2").communicate(timeout=LIMIT)
     assert again == out, err
 
 

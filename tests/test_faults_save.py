@@ -238,6 +238,7 @@ def told(caught: list[warnings.WarningMessage]) -> list[str]:
 def warned() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what another test left, whenever the collector finds it
         yield caught
 
 
@@ -884,6 +885,7 @@ def behind(folder: Path, failing: set[int], error: Callable[[], BaseException], 
 
     with warnings.catch_warnings(), Watch(folder, fail):
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)
         loop = small(folder, [Hook("on_step_start", ended)], background=True, **kwargs)
         warnings.showwarning = lambda message, *about, **more: heard.append((loop.state.step, str(message)))
         train(loop, epochs)
