@@ -7,6 +7,7 @@ import os
 import re
 import zlib
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,8 @@ LARGE_AND_COSTLY, MOST_AND_COSTLY = 1, 2
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
 # Lines that others run too, again and again, as a table's later cases do: on Python 3.11 to trace them doubles their time.
 UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws\w*|checkpoint|compile|precision|goal|benchmarks)\.py")
-# Files whose tests one process runs, with `--dist loadgroup`: of ranks only one test at a time, since each takes all cores;
-# of the others what all of a file's tests compare with is made once.
+# Files whose tests one process runs: of ranks only one test at a time, since each takes all cores; of the others what all
+# of a file's tests compare with is made once.
 TOGETHER = re.compile(r"test_(ranks|examples|kill)")
 
 
@@ -37,6 +38,18 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """By name and not by `xdist_group`, which pytest-xdist 3.8 writes where pytest 9.2 no longer reads it, in silence."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group = TOGETHER.search(nodeid)
+            return group[1] if group else nodeid
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_finish() -> None:
     """Leave what the tests import, half a million objects, out of each garbage collection."""
     gc.collect()
@@ -48,8 +61,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a large table run a quarter by default, chosen by name, so that a run stays short: the rest is marked slow."""
     tables = defaultdict[str, list[pytest.Item]](list)
     for item in items:
-        if group := TOGETHER.search(item.nodeid):
-            item.add_marker(pytest.mark.xdist_group(group[1]))
         if item.get_closest_marker("slow") is None:
             tables[item.nodeid.partition("[")[0]].append(item)
     for table, cases in tables.items():
