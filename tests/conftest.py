@@ -33,11 +33,13 @@ def pytest_configure() -> None:
         os.nice(19)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Run one test more at a time than there are cores: a third of the time tests wait, for processes that they started."""
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """By name and not by `xdist_group`, which pytest-xdist 3.8 writes where pytest 9.2 no longer reads it, in silence."""
     from xdist.scheduler import LoadScopeScheduling
