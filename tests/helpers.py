@@ -76,7 +76,7 @@ def stateful_loader(dataset: Any, batch_size: int, **kwargs: Any) -> Any:
     """torchdata's; without it the test is skipped."""
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # a torch of this year says so while it is built
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torch's word on what torchdata calls
         return torchdata.StatefulDataLoader(dataset, batch_size, **kwargs)
 
 

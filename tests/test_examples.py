@@ -36,24 +36,23 @@ def none_left() -> Iterator[None]:
             process.terminate()
 
 
+def launch(command: list[str], cwd: Path, **more: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    text=True, **more))  # fmt: skip
+    return STARTED[-1]
+
+
 def start(example: str, folder: Path, *more: str, python: str = sys.executable, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1"}
     command = [python, str(ROOT / "examples" / example), "--folder", str(folder), *more]
     hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore Ctrl-C
-    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=hears)  # fmt: skip
-    STARTED.append(process)
-    return process
+    return launch(command, cwd, preexec_fn=hears)
 
 
 def torchrun(ranks: int, folder: Path, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "error", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")  # a port that is free
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous,
-               str(ROOT / "examples" / "distributed.py"), "--folder", str(folder), *more]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    STARTED.append(process)
-    return process
+    return launch([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *rendezvous,
+                   str(ROOT / "examples" / "distributed.py"), "--folder", str(folder), *more], ROOT)  # fmt: skip
 
 
 def table(process: subprocess.Popen[str]) -> dict[str, str]:
