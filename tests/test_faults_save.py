@@ -46,6 +46,7 @@ from hookloop.callbacks import (
 )
 from hookloop.loop import Callback, Goal, Loop, State
 from hookloop.loop.store import Folder, Found, list_checkpoints, read, readable
+from hookloop.loop.store.disk import Sink
 
 # ---------------------------------------------------------------------------------------------- system calls, watched
 
@@ -731,6 +732,39 @@ def test_ck4_stops_where_told_to(background: bool, tmp_path: Path) -> None:
         loop = train(small(folder, ballast=BALLAST, on_failure="stop", background=background), 3)
         assert_same_bits(bits(loop), reference.bits[2])
         same_found(there(folder), reference.found[2])
+
+
+def test_what_a_signal_raises_in_a_save_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what torch's writer, left half way, says of its file; the same command then ends as if nothing had been."""
+
+    class Oops(Exception):
+        pass
+
+    def handler(*about: Any) -> None:
+        raise Oops
+
+    reference, writes, real = Reference.of(tmp_path), itertools.count(), Sink.write
+    monkeypatch.setattr(Sink, "write", lambda sink, data: (next(writes), real(sink, data))[1])
+    train(small(tmp_path / "counted"))
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        for cut in range(0, next(writes), 17):
+            folder, left = tmp_path / f"cut{cut}", iter([False] * cut + [True])
+
+            def write(sink: Sink, data: Any, left: Iterator[bool] = left) -> int:
+                if next(left, False):
+                    signal.raise_signal(signal.SIGUSR1)
+                return real(sink, data)
+
+            monkeypatch.setattr(Sink, "write", write)
+            with pytest.raises(Oops):
+                train(small(folder))
+            assert parts(folder) == []
+            loop = train(small(folder))
+            assert_same_bits(bits(loop), reference.bits[2])
+            same_found(there(folder), reference.found[2])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_ck4_every_save_fails(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -116,11 +117,17 @@ def sync(path: Path) -> None:
 
 def _put(path: Path, content: Any, other: ThreadPoolExecutor) -> Future[dict[str, Any]]:
     """Write a file, have the disk hold it, and return its manifest entry, read back while the disk is at work."""
+    outer = sys.exception()
     with opened(path) as sink:
         if isinstance(content, str):
             sink.write(content.encode())
         else:
-            torch.save(content, sink)  # type: ignore[arg-type]  # it asks for write and flush alone
+            try:
+                torch.save(content, sink)  # type: ignore[arg-type]  # it asks for write and flush alone
+            except RuntimeError as error:  # what a signal's handler raised beside a write ends as torch's "enforce fail"
+                if error.__cause__ is not None or error.__context__ in (None, outer):
+                    raise
+                raise error.__context__ from None
         return other.submit(manifest.entry, path)
 
 
