@@ -15,8 +15,7 @@ from torch.utils.data import get_worker_info
 
 log = logging.getLogger("hookloop")
 open_listeners: list[Listener] = []
-before: dict[signal.Signals, Any] = {}  # the handlers that ours stand in for
-past: dict[signal.Signals, Any] = {}  # the first of them, for a handler set since that still calls ours
+ours: dict[signal.Signals, Handler] = {}  # each knows the handler that it stands in for
 due: list[signal.Signals] = []  # what Loops that were left already want raised again
 process = 0  # in which ours were set
 
@@ -37,15 +36,15 @@ class Listener:
         open_listeners.append(self)
         for number in self.signals:
             stands = signal.getsignal(number)
-            if stands is handle:  # another Loop's, or put back by whoever stood in for it
-                before.setdefault(number, past.get(number, signal.SIG_DFL))
+            if isinstance(stands, Handler):  # another Loop's, or put back by whoever stood in for it
+                ours.setdefault(number, stands)
             elif stands in (None, signal.SIG_IGN):  # ignored, as by nohup
                 continue
             elif caught_outside(number):
                 log.warning("%s is handled outside Python, which can't put that back: it is left alone", number.name)
             else:
-                before[number] = signal.signal(number, handle)
-                past.setdefault(number, before[number])
+                ours[number] = Handler(stands)
+                signal.signal(number, ours[number])
 
     def close(self, again: bool) -> None:
         """Hear no more; `again`: what was caught is raised again, once no other Loop is open."""
@@ -56,11 +55,13 @@ class Listener:
             due.append(self.caught)
         if open_listeners:
             return
-        for number, previous in before.items():
-            if signal.getsignal(number) in (handle, signal.SIG_DFL):  # else somebody set one since
-                signal.signal(number, previous)
+        for number, handler in ours.items():
+            if (
+                isinstance(stands := signal.getsignal(number), Handler) or stands == signal.SIG_DFL
+            ):  # else set by somebody since
+                signal.signal(number, handler.previous)
         raised = due[:1]
-        before.clear()
+        ours.clear()
         due.clear()
         for number in raised:
             for stream in (sys.stdout, sys.stderr):
@@ -79,31 +80,36 @@ def caught_outside(number: signal.Signals) -> bool:
     return False
 
 
-def handle(number: int, frame: Any) -> None:
-    """Tell every listener; a second Ctrl-C is obeyed at once."""
-    name = signal.Signals(number)
-    if os.getpid() == process and not open_listeners:  # called by a handler that was set inside a Loop and stayed
-        previous = past.get(name)
-        if callable(previous):
-            previous(number, frame)
-        elif previous == signal.SIG_DFL:
-            signal.signal(number, previous)
+class Handler:
+    """Tells every listener; a second Ctrl-C is obeyed at once."""
+
+    def __init__(self, previous: Any) -> None:
+        self.previous = previous
+
+    def __call__(self, number: int, frame: Any) -> None:
+        """Tell them; what to do where none is open, or in another process, is for the handler of before to say."""
+        name = signal.Signals(number)
+        if os.getpid() == process and not open_listeners:  # called by a handler that was set inside a Loop and stayed
+            if callable(self.previous):
+                self.previous(number, frame)
+            elif self.previous == signal.SIG_DFL:
+                signal.signal(number, self.previous)
+                signal.raise_signal(number)
+            return
+        elsewhere = os.getpid() != process
+        if elsewhere and get_worker_info() is not None:
+            return  # a loader's worker: its data are needed, and it ends with the process that it serves
+        if elsewhere or (name == signal.SIGINT and any(listener.caught for listener in open_listeners)):
+            signal.signal(number, self.previous)
             signal.raise_signal(number)
-        return
-    elsewhere = os.getpid() != process
-    if elsewhere and get_worker_info() is not None:
-        return  # a loader's worker: its data are needed, and it ends with the process that it serves
-    if elsewhere or (name == signal.SIGINT and any(listener.caught for listener in open_listeners)):
-        signal.signal(number, before[name])
-        signal.raise_signal(number)
-        return
-    for listener in open_listeners:
-        if name in listener.signals:
-            listener.caught = listener.caught or name
-            listener.heard(name)
-    if name == signal.SIGINT:
-        with contextlib.suppress(OSError):  # logging may be what was interrupted
-            os.write(2, b"\nSaving at the end of this step, then leaving; Ctrl-C once more leaves at once.\n")
-    if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in before:
-        # A signal to the whole process group ends workers too; torch would raise for that in the middle of a step.
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            return
+        for listener in open_listeners:
+            if name in listener.signals:
+                listener.caught = listener.caught or name
+                listener.heard(name)
+        if name == signal.SIGINT:
+            with contextlib.suppress(OSError):  # logging may be what was interrupted
+                os.write(2, b"\nSaving at the end of this step, then leaving; Ctrl-C once more leaves at once.\n")
+        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in ours:
+            # A signal to the whole process group ends workers too; torch would raise for that in the middle of a step.
+            ours[signal.SIGCHLD] = Handler(signal.signal(signal.SIGCHLD, signal.SIG_DFL))

@@ -8,6 +8,7 @@ and so were the weights after each update that any of its processes made.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -20,7 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,14 +323,14 @@ class Driver:
             delay /= 2
         return False
 
-    def drive(self, tmp_path: Path, whole: dict[str, End], kills: int) -> None:
+    def drive(self, tmp_path: Path, whole: Callable[[str], End], kills: int) -> None:
         """Make so many kills, in as many runs as that takes, and check each run's end."""
         for variant in itertools.cycle(list(VARIANTS)[:: 1 if kills > len(VARIANTS) else 2]):
             if self.counts["kills"] >= kills:
                 break
             place = tmp_path / f"{self.counts['runs']}"
             self.counts["runs"] += 1
-            left, last = min(self.most, kills - self.counts["kills"]), whole[variant].weights[-1][1]
+            left, last = min(self.most, kills - self.counts["kills"]), whole(variant).weights[-1][1]
             instants = sorted(self.clock.randrange(last + 1) for _ in range(left)) if self.spread else [0] * left
             for number in itertools.count():
                 run = self.start(place, number, variant)
@@ -337,7 +338,7 @@ class Driver:
                     continue
                 assert run.wait() == 0, f"start {number} of {place} ({variant}) ended by {run.code}: {run.text}"
                 break
-            said = [*End.of(place).differences(whole[variant]), *tidy(place)]
+            said = [*End.of(place).differences(whole(variant)), *tidy(place)]
             assert not said, f"{place} ({variant}, {number} kills): " + "; ".join(said[:20])
             self.counts["equal"] += 1
             shutil.rmtree(place)
@@ -360,23 +361,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
-    """The undisturbed run of each variant: how it saves and loads makes no difference, having a Seed does."""
-    found = {}
-    for seeded in (True, False):
+def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], End]:
+    """Give the undisturbed run of a variant: how it saves and loads makes no difference, having a Seed does."""
+
+    @functools.cache
+    def run(seeded: bool) -> End:
         place = tmp_path_factory.mktemp("whole")
         assert server.run(train, place=place, start=0, seeded=seeded) == 0
-        found[seeded] = end = End.of(place)
+        end = End.of(place)
         steps = [step for _, step, _ in end.weights]
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) > 100
         assert end.differences(end) == tidy(place) == []
         assert len(untimed(end.curves)) > 15
-    assert found[True].weights[0] != found[False].weights[0]
-    return {name: found[settings.get("seeded", True)] for name, settings in VARIANTS.items()}
+        return end
+
+    return lambda variant: run(VARIANTS[variant].get("seeded", True))
 
 
-def kill_again_and_again(server: Server, whole: dict[str, End], tmp_path: Path, kills: int, most: int, spread: bool,
+def kill_again_and_again(server: Server, whole: Callable[[str], End], tmp_path: Path, kills: int, most: int, spread: bool,
                          seed: int) -> None:  # fmt: skip
     driver, before = Driver(server, random.Random(seed), most, spread), time.monotonic()
     try:
@@ -393,18 +396,19 @@ def kill_again_and_again(server: Server, whole: dict[str, End], tmp_path: Path, 
     assert counts["while writing"] >= kills // 30
 
 
-def test_rs_killed_at_random_moments(server: Server, whole: dict[str, End], tmp_path: Path) -> None:
+def test_rs_killed_at_random_moments(server: Server, whole: Callable[[str], End], tmp_path: Path) -> None:
     kill_again_and_again(server, whole, tmp_path, kills=3, most=1, spread=True, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_rs_killed_a_thousand_times(server: Server, whole: dict[str, End], tmp_path: Path) -> None:
+def test_rs_killed_a_thousand_times(server: Server, whole: Callable[[str], End], tmp_path: Path) -> None:
     kill_again_and_again(server, whole, tmp_path, kills=1000, most=25, spread=False, seed=2)
+    assert whole("last").weights[0] != whole("last, without a Seed").weights[0]
 
 
 @pytest.mark.slow
-def test_rs_cold_starts(whole: dict[str, End], tmp_path: Path) -> None:
+def test_rs_cold_starts(whole: Callable[[str], End], tmp_path: Path) -> None:
     """Nothing is left of the process before but its files: the second interpreter goes on from what the first one saved."""
     boot = "import sys; sys.path.insert(0, sys.argv[1]); import test_kill; test_kill.train(sys.argv[2], int(sys.argv[3]))"
     for number in range(2):
@@ -429,7 +433,7 @@ def test_rs_cold_starts(whole: dict[str, End], tmp_path: Path) -> None:
             process.wait()
     end_of = End.of(tmp_path)
     assert {start for start, _, _ in end_of.weights} == {0, 1}
-    assert [*end_of.differences(whole["last"]), *tidy(tmp_path)] == []
+    assert [*end_of.differences(whole("last")), *tidy(tmp_path)] == []
     print("2 cold starts, 1 kill, the same end")
 
 
