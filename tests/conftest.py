@@ -18,7 +18,9 @@ COSTLY = re.compile(
 LARGE_AND_COSTLY, MOST_AND_COSTLY = 1, 2
 CHEAP, MANY = re.compile(r"bad|refus|wrong|argument|error|named|says|misfit"), 16  # each has a line of its own to show
 # Lines that others run too, again and again, as a table's later cases do: on Python 3.11 to trace them doubles their time.
-UNCOUNTED = re.compile(r"test_(faults_\w+|kill|examples|noise_scale|laws\w*|checkpoint|compile|precision|goal|benchmarks)\.py")
+UNCOUNTED = re.compile(
+    r"test_(faults_\w+|kill|examples|noise_scale|laws\w*|checkpoint|compile|precision|goal|benchmarks)\.py|::test_killed"
+)
 # Files whose tests one process runs: of ranks only one test at a time, since each takes all cores; of the others what all
 # of a file's tests compare with is made once.
 TOGETHER = re.compile(r"test_(ranks|examples|kill)")

@@ -70,12 +70,49 @@ def tags(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("digits")
-    return {"folder": folder, "table": table(start("digits.py", folder))}
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from what git knows, and beside it `venv` with it alone and what it needs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith("tests"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    fresh = next((folder / "venv").glob("lib/python*/site-packages"))
+    found = next(folder.glob("*.whl"))
+    zipfile.ZipFile(found).extractall(fresh)
+    here = Path(torch.__file__).parents[1]  # what hookloop needs, but no hookloop: a path in a .pth runs no other .pth
+    (fresh / "dependencies.pth").write_text(f"{here}\n")
+    return found
 
 
-def test_digits_is_above_98_percent(digits: Any) -> None:
+@pytest.fixture(scope="module")
+def digits(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run that nobody stopped, of what the wheel holds."""
+    folder, venv = tmp_path_factory.mktemp("digits"), wheel.parent / "venv"
+    python = str(venv / "bin/python")
+    where = subprocess.run([python, "-c", "import hookloop.loop; print(hookloop.loop.__file__)"], cwd=folder,
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(venv)
+    return {"folder": folder, "table": table(start("digits.py", folder, python=python, cwd=folder))}
+
+
+def test_the_wheel_holds_every_file(wheel: Path) -> None:
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hookloop/")}
+    files = [
+        *ROOT.glob("loop/**/*.py"),
+        *ROOT.glob("callbacks/*.py"),
+        ROOT / "loop/py.typed",
+        ROOT / "callbacks/py.typed",
+    ]
+    assert held == {f"hookloop/{file.relative_to(ROOT).as_posix()}" for file in files}
+
+
+def test_digits_of_the_wheel_is_above_98_percent(digits: Any) -> None:
     assert float(digits["table"]["validation accuracy"].rstrip("%")) > 98
     assert {"stopped because", "epochs / updates", "samples per second"} <= digits["table"].keys()
     assert digits["table"]["look at it with"] == f"tensorboard --logdir {digits['folder']}"
@@ -88,25 +125,24 @@ def test_digits_again_in_an_empty_folder_and_with_another_seed(digits: Any, tmp_
     assert table(other)["fingerprint"] != digits["table"]["fingerprint"]
 
 
-def test_by_hand_ends_with_the_same_fingerprint(digits: Any, tmp_path: Path) -> None:
-    assert table(start("by_hand.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
-
-
-def stopped_and_started_again(digits: Any, after: str, folder: Path, **how: Any) -> None:
-    """Ctrl-C once this checkpoint is there, then the same command: it ends as the run that nobody stopped."""
-    first = start("digits.py", folder, **how)
-    while first.poll() is None and not (folder / after).exists():
+@pytest.mark.parametrize("example", ["by_hand.py", pytest.param("digits.py", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", ["step-00000220", pytest.param("step-00000060", marks=pytest.mark.slow)])
+def test_stopped_with_ctrl_c_and_started_again_it_ends_with_the_same_fingerprint(
+    digits: Any, tmp_path: Path, example: str, after: str
+) -> None:
+    """The same command twice, the first left with Ctrl-C once that checkpoint is there."""
+    first = start(example, tmp_path)
+    while first.poll() is None and not (tmp_path / after).exists():
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in first.communicate(timeout=LIMIT)[1]
-    assert table(start("digits.py", folder, **how))["fingerprint"] == digits["table"]["fingerprint"]
-    assert tags(folder) == tags(digits["folder"])
+    assert table(start(example, tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
+    assert tags(tmp_path) == tags(digits["folder"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", ["step-00000060", "step-00000220"])
-def test_digits_stopped_with_ctrl_c_and_started_again(digits: Any, tmp_path: Path, after: str) -> None:
-    stopped_and_started_again(digits, after, tmp_path)
+def test_by_hand_ends_with_the_same_fingerprint(digits: Any, tmp_path: Path) -> None:
+    assert table(start("by_hand.py", tmp_path))["fingerprint"] == digits["table"]["fingerprint"]
 
 
 def test_around_is_above_98_percent_with_the_same_tags(digits: Any, tmp_path: Path) -> None:
@@ -190,34 +226,3 @@ def test_two_loops_in_one_body(tmp_path: Path) -> None:
     assert g_loop.state.step == c_loop.state.step == 300
     assert g_loop.state.rates == c_loop.state.rates == [5e-3]
     assert tags(tmp_path / "g") >= {"train/loss", "rate/group0", "speed/samples_per_s"} <= tags(tmp_path / "c")
-
-
-def test_the_wheel_holds_every_file_and_runs_the_example_also_stopped_and_started_again(digits: Any, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    listing = ["git", "ls-files", "-co", "--exclude-standard"]
-    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith("tests"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
-    subprocess.run(build, check=True, capture_output=True)
-    wheel = next(tmp_path.glob("*.whl"))
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hookloop/")}
-    files = [
-        *ROOT.glob("loop/**/*.py"),
-        *ROOT.glob("callbacks/*.py"),
-        ROOT / "loop/py.typed",
-        ROOT / "callbacks/py.typed",
-    ]
-    assert held == {f"hookloop/{file.relative_to(ROOT).as_posix()}" for file in files}
-
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    fresh = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    zipfile.ZipFile(wheel).extractall(fresh)
-    here = Path(torch.__file__).parents[1]  # what hookloop needs, but no hookloop: a path in a .pth runs no other .pth
-    (fresh / "dependencies.pth").write_text(f"{here}\n")
-    python = str(tmp_path / "venv/bin/python")
-    where = subprocess.run([python, "-c", "import hookloop.loop; print(hookloop.loop.__file__)"], cwd=tmp_path,
-                           capture_output=True, text=True, check=True)  # fmt: skip
-    assert Path(where.stdout.strip()).is_relative_to(tmp_path / "venv")
-    stopped_and_started_again(digits, "step-00000220", tmp_path / "run", python=python, cwd=tmp_path)

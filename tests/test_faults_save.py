@@ -748,7 +748,7 @@ def test_what_a_signal_raises_in_a_save_is_the_error(tmp_path: Path, monkeypatch
     train(small(tmp_path / "counted"))
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        for cut in range(0, next(writes), 17):
+        for cut in range(0, next(writes), 29):
             folder, left = tmp_path / f"cut{cut}", iter([False] * cut + [True])
 
             def write(sink: Sink, data: Any, left: Iterator[bool] = left) -> int:
