@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import many
 import numpy as np
 import pytest
 import torch
@@ -212,12 +213,22 @@ def test_dl10_a_sample_that_raises(workers: int, form: Any, tmp_path: Path) -> N
     resumes(tmp_path, expected, form)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("how", ["signal 9", "exit code 3"])
-@pytest.mark.filterwarnings(  # torch raises from a signal handler, wherever the program is: in opening a socket, once
-    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-)
-def test_dl11_a_worker_that_dies(how: str, form: Any, tmp_path: Path) -> None:
+def apart(test: Any, *args: Any) -> None:
+    """Run a test in a process of its own: torch raises what it hears of a dead worker wherever the program is.
+
+    That may be in opening a socket, or in coverage, which keeps its lock for good then.
+    """
+    (ended,) = many.run(in_child, 1, test, *args, group=False)
+    assert (ended.error, ended.code) == ("", 0), ended.said
+
+
+def in_child(rank: int, world: int, test: Any, *args: Any) -> None:
+    many.may_have_children()
+    multiprocessing.set_start_method("fork", force=True)  # a child of a fork server would start workers by it too
+    test(*args)
+
+
+def a_worker_dies(how: str, form: Any, folder: Path) -> None:
     def die() -> Any:
         if get_worker_info() is None:
             raise AssertionError("read in the program itself, which would die of it")
@@ -228,15 +239,21 @@ def test_dl11_a_worker_that_dies(how: str, form: Any, tmp_path: Path) -> None:
     expected, at, _ = reference()
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid") as error:
-        form(make(tmp_path), loss_fn, data(die, 2), epochs=2)
+        form(make(folder), loss_fn, data(die, 2), epochs=2)
     assert time.monotonic() - start < 10
     said = notes(error.value)
     pid = re.search(r"pid(?:\(s\))? (\d+)", str(error.value))
     assert pid is not None
     assert f"worker pid {pid[1]} died ({how}): often a lack of memory or of shared memory (/dev/shm)" in said
     assert "after step " in said
-    assert len(list_checkpoints(tmp_path)) >= at - 4
-    resumes(tmp_path, expected, form)
+    assert len(list_checkpoints(folder)) >= at - 4
+    resumes(folder, expected, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("how", ["signal 9", "exit code 3"])
+def test_dl11_a_worker_that_dies(how: str, form: Any, tmp_path: Path) -> None:
+    apart(a_worker_dies, how, form, tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -281,11 +298,7 @@ def test_dl14_none_and_ragged_samples(fault: Any, says: str, workers: int, form:
 # DL10, DL11, DL13 in an evaluation
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("fault", ["raises", "stops", "dies"])
-def test_dl10_dl11_dl13_in_an_evaluation(fault: str, workers: int, tmp_path: Path) -> None:
-    """Said with the batch and the step; an evaluation cut short by a StopIteration is an error, not a mean over less."""
-
+def in_an_evaluation(fault: str, workers: int, folder: Path) -> None:
     def act() -> Any:
         if fault == "dies":
             if get_worker_info() is None:
@@ -294,7 +307,7 @@ def test_dl10_dl11_dl13_in_an_evaluation(fault: str, workers: int, tmp_path: Pat
         raise StopIteration if fault == "stops" else KeyError("torn file")
 
     val = DataLoader(Faulty(act, count=24), batch_size=8, num_workers=workers)
-    loop = make(tmp_path)
+    loop = make(folder)
     with pytest.raises((RuntimeError, KeyError)) as error:
         built_in(loop, loss_fn, loader(), val, epochs=1)
     said = f"{error.value}\n{notes(error.value)}"
@@ -306,10 +319,20 @@ def test_dl10_dl11_dl13_in_an_evaluation(fault: str, workers: int, tmp_path: Pat
         assert "in reading batch 1 of an evaluation after step 7" in said
     assert loop.state.step == 7
     val.dataset.fault = None
-    again, expected = make(tmp_path), make()
+    again, expected = make(folder), make()
     for one in (again, expected):
         built_in(one, loss_fn, loader(), val, epochs=2)
     assert_same_bits(bits(expected), bits(again))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("fault", ["raises", "stops", "dies"])
+def test_dl10_dl11_dl13_in_an_evaluation(fault: str, workers: int, tmp_path: Path) -> None:
+    """Said with the batch and the step; an evaluation cut short by a StopIteration is an error, not a mean over less."""
+    if fault == "dies" and workers:
+        apart(in_an_evaluation, fault, workers, tmp_path)
+    else:
+        in_an_evaluation(fault, workers, tmp_path)
 
 
 def test_dl14_a_slow_data_set_is_not_read_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
