@@ -67,11 +67,12 @@ class Ended:
 
 
 def run(worker: Callable[..., Any], world: int, *args: Any, limit: float = LIMIT, quiet: float = QUIET, group: bool = True,
-        agent: bool = True) -> list[Ended]:  # fmt: skip
+        agent: bool = True, measured: bool = True) -> list[Ended]:  # fmt: skip
     """Return how `world` ranks ended.
 
     `quiet`: the process group's timeout; without `group` there is none. `agent`: the store by which ranks meet outlives them,
-    as torchrun's does; without it rank 0 keeps it, as in a program that starts its processes itself.
+    as torchrun's does; without it rank 0 keeps it, as in a program that starts its processes itself. `measured`: ranks may be
+    covered as the test is.
     """
     serve()
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
@@ -79,7 +80,7 @@ def run(worker: Callable[..., Any], world: int, *args: Any, limit: float = LIMIT
     if not agent:
         del store
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [Rank(worker, rank, world, args, port, agent, Path(folder), quiet if group else None, limit)
+        ranks = [Rank(worker, rank, world, args, port, agent, Path(folder), quiet if group else None, limit, measured)
                  for rank in range(world)]  # fmt: skip
         try:
             end, pending = time.monotonic() + limit, list(ranks)
@@ -120,7 +121,7 @@ class Rank:
     """One process, as its starter sees it."""
 
     def __init__(self, worker: Any, rank: int, world: int, args: Any, port: int, agent: bool, folder: Path,
-                 quiet: float | None, limit: float) -> None:  # fmt: skip
+                 quiet: float | None, limit: float, measured: bool) -> None:  # fmt: skip
         self.rank, self.path, self.result = rank, folder / f"{rank}.txt", Ended()
         self.path.touch()
         self.pipe, theirs = context.Pipe(duplex=False)
@@ -128,7 +129,7 @@ class Rank:
                        "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": agent, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
         environment = {name: str(value) for name, value in environment.items()}
         coverage = sys.modules.get("coverage")
-        if coverage and getattr(coverage.Coverage.current(), "_started", False):  # a test may not be counted
+        if measured and coverage and getattr(coverage.Coverage.current(), "_started", False):  # a test may not be counted
             environment["MANY_COVERED"] = "1"
         self.process = context.Process(
             target=child, args=(theirs, worker, args, environment, str(self.path), quiet, limit), daemon=True
