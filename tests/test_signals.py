@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM
 from typing import Any
 
 import pytest
@@ -15,6 +17,9 @@ from helpers import FORMS, adamw, loader, loss_fn, net
 from hookloop.callbacks import Checkpoint, Preemption
 from hookloop.loop import Callback, Loop, State, signals
 from hookloop.loop.store import list_checkpoints
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
+SIGUSR1, SIGUSR2 = (getattr(signal, name, SIGTERM) for name in ("SIGUSR1", "SIGUSR2"))
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +127,7 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert signal.getsignal(SIGUSR1) is SIG_IGN
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handlers outside Python")
 def test_what_is_handled_outside_python_is_left_alone_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     signal.signal(SIGUSR2, signal.SIG_DFL)
     with (tmp_path / "stacks").open("w") as file:
