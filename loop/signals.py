@@ -56,9 +56,8 @@ class Listener:
         if open_listeners:
             return
         for number, handler in ours.items():
-            if (
-                isinstance(stands := signal.getsignal(number), Handler) or stands == signal.SIG_DFL
-            ):  # else set by somebody since
+            stands = signal.getsignal(number)
+            if isinstance(stands, Handler) or stands == signal.SIG_DFL:  # else somebody set one since
                 signal.signal(number, handler.previous)
         raised = due[:1]
         ours.clear()
